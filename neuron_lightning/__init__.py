@@ -1,0 +1,1 @@
+"""PyTorch Lightning for AWS Trainium and Inferentia."""

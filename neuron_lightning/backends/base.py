@@ -1,0 +1,128 @@
+"""What differs between devices, and nothing else.
+
+A :class:`Backend` is everything that the rest of the package asks of a device: making it current, creating
+process groups on it, the three collectives that sharded training needs, step boundaries, autocast, random
+state and a few facts. Everything above speaks plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Backend(ABC):
+    """One kind of device and the way it communicates.
+
+    Attributes:
+        name: ``cpu``, ``cuda``, ``neuron`` or ``xla``.
+        device_type: the ``torch.device`` type, e.g. ``cpu``.
+        process_group_backend: what :func:`torch.distributed.init_process_group` is given. Its default group
+            always serves CPU tensors too, so that flags and objects travel without touching the device.
+        supports_float64: whether 64-bit floating point is computed natively.
+    """
+
+    name: str
+    device_type: str
+    process_group_backend: str
+    supports_float64: bool
+
+    # -- devices ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def is_available(self) -> bool:
+        """Whether this machine has such a device that works."""
+
+    @abstractmethod
+    def device_count(self) -> int:
+        """Number of devices that this process can see (for ``cpu``: 1)."""
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the process with this rank on its node."""
+
+    @abstractmethod
+    def set_device(self, device: torch.device) -> None:
+        """Makes ``device`` the current one of this process."""
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Returns cached, unused device memory to the system."""
+
+    @abstractmethod
+    def memory_stats(self, device: torch.device) -> dict[str, float]:
+        """Memory figures in bytes, by name; at least ``allocated`` and ``peak_allocated`` where known."""
+
+    @abstractmethod
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Dense peak FLOP/s of one device for ``dtype``, or None where no figure is published."""
+
+    # -- distributed -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def init_process_group(self, *, rank: int, world_size: int, timeout: timedelta) -> None:
+        """Creates the default process group from the ``MASTER_*`` environment. Every rank calls it together."""
+
+    @abstractmethod
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        group: dist.ProcessGroup | None,
+        op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Reduces ``tensor`` in place over ``group``. Every rank of the group calls it together."""
+
+    @abstractmethod
+    def all_gather(
+        self, output: Tensor, shard: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+    ) -> dist.Work | None:
+        """Concatenates every rank's ``shard`` along dimension 0 into ``output`` (shard may be a view of it).
+
+        Both must be contiguous. Every rank of the group calls it together.
+        """
+
+    @abstractmethod
+    def reduce_scatter(self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Sums ``full`` over ``group`` and leaves this rank's slice of dimension 0 in ``shard``.
+
+        ``full`` is used as scratch space and is undefined afterwards (``shard`` may be a view of it).
+        Both must be contiguous. Every rank of the group calls it together.
+        """
+
+    # -- steps, precision, randomness ------------------------------------------------------------------
+
+    @abstractmethod
+    def mark_step(self) -> None:
+        """Ends the current lazily recorded graph; nothing to do on eager devices."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits until all work queued on the device is done."""
+
+    @abstractmethod
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """Context in which eligible operators compute in ``dtype`` (always passed explicitly)."""
+
+    @abstractmethod
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.compile`` with this device's compiler and static shapes."""
+
+    @abstractmethod
+    def get_rng_state(self) -> Tensor:
+        """State of the device's default generator, as a CPU byte tensor."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Tensor) -> None:
+        """Restores what :meth:`get_rng_state` returned."""
+
+    @abstractmethod
+    def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies tensors to host memory in one go (one synchronisation for all of them)."""

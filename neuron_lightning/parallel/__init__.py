@@ -1,0 +1,1 @@
+"""Tensor-, sequence- and data-parallel building blocks on plain local tensors."""
