@@ -71,7 +71,7 @@ class Mesh:
             cuts = [
                 ranks[i : i + size] for ranks in self.replica_groups("tp") for i in range(0, len(ranks), size)
             ]
-            mine, _ = dist.new_subgroups_by_enumeration(cuts)
+            mine, _ = dist.new_subgroups_by_enumeration(cuts)  # type: ignore[no-untyped-call]
             self._replica_groups[size] = mine
         return self._replica_groups[size]
 
