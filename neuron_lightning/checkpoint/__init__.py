@@ -1,1 +1,25 @@
-"""."""
+"""Checkpoints: topology-free folders of safetensors and JSON that are verified, committed atomically, and never pickled."""
+
+from neuron_lightning.checkpoint.folder import (
+    check_trainer_state,
+    is_checkpoint,
+    load_module_state,
+    load_optimizer_state,
+    read_full_state,
+    read_rank_state,
+    read_trainer_state,
+    remove_checkpoint,
+    write_checkpoint,
+)
+
+__all__ = [
+    "check_trainer_state",
+    "is_checkpoint",
+    "load_module_state",
+    "load_optimizer_state",
+    "read_full_state",
+    "read_rank_state",
+    "read_trainer_state",
+    "remove_checkpoint",
+    "write_checkpoint",
+]

@@ -17,11 +17,16 @@ optimizer lists every piece that it owns too, with no tensors (or only ``"master
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from neuron_lightning.checkpoint import commit, exchange, reader, restore, state, typed_json, writer
+from neuron_lightning.checkpoint.reader import Checkpoint
+from neuron_lightning.parallel.mesh import current as current_mesh
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``: ``stage`` is one of ``prepare, write, manifest, commit, verify, read``; the
@@ -58,7 +63,28 @@ def write_checkpoint(
         CheckpointError: on all ranks, with the first cause; nothing is left behind, and a checkpoint that was at
             ``path`` before is untouched.
     """
-    raise NotImplementedError
+    mesh = current_mesh()
+
+    def describe() -> state.LocalState:
+        local = state.LocalState()
+        state.add_module(local, module_state, parameters, mesh.sizes["tp"])
+        for index, optimizer in enumerate(optimizers):
+            state.add_optimizer(local, index, optimizer, parameters, mesh.sizes["tp"])
+        return local
+
+    groups = [state.group_options(optimizer, parameters) for optimizer in optimizers]
+    request = writer.Request(
+        target=Path(os.path.abspath(path)),
+        describe=describe,
+        trainer={"trainer": dict(trainer_state), "optimizers": groups},
+        rank=rank_state,
+        step=trainer_state.get("global_step"),
+        epoch=trainer_state.get("epoch"),
+        data=trainer_state.get("data_position"),
+        mesh=mesh.sizes,
+        state_dict_type=state_dict_type,
+    )
+    writer.write(request, progress or _silent)
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:
@@ -67,12 +93,15 @@ def read_trainer_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, or damaged (the file is named).
     """
-    raise NotImplementedError
+    trainer: dict[str, Any] = Checkpoint(Path(path)).read_document(writer.TRAINER_FILE)["trainer"]
+    return trainer
 
 
 def read_rank_state(path: str | Path, rank: int) -> dict[str, Any] | None:
     """What ``rank`` gave as ``rank_state``; None if it gave none or did not exist. Not collective."""
-    raise NotImplementedError
+    checkpoint = Checkpoint(Path(path))
+    name = writer.file_name(rank, "state", "json")
+    return checkpoint.read_document(name) if name in checkpoint.manifest.files else None
 
 
 def load_module_state(
@@ -100,7 +129,20 @@ def load_module_state(
     Raises:
         CheckpointError: damaged, or of another model: the first differing names and shapes are listed.
     """
-    raise NotImplementedError
+    report = progress or _silent
+    checkpoint = _open(path)
+    if verify:
+        reader.verify(checkpoint, ("model",), report)
+    tp_size = current_mesh().sizes["tp"]
+    what = f"load the weights of {path}"
+
+    def load() -> restore.ModulePlan:
+        return restore.plan_module(checkpoint, targets, parameters, tp_size, strict)
+
+    plans: list[restore.ModulePlan] = []
+    exchange.together(what, lambda: plans.append(load()))
+    exchange.together(what, lambda: restore.copy_module(checkpoint, plans[0], report))
+    return plans[0].missing, plans[0].unexpected
 
 
 def load_optimizer_state(
@@ -118,23 +160,58 @@ def load_optimizer_state(
     Raises:
         CheckpointError: damaged, without optimizer state, or of other optimizers.
     """
-    raise NotImplementedError
+    report = progress or _silent
+    checkpoint = _open(path)
+    if verify:
+        reader.verify(checkpoint, ("optimizer", "trainer"), report)
+    tp_size = current_mesh().sizes["tp"]
+    exchange.together(
+        f"load the optimizer state of {path}",
+        lambda: restore.load_optimizers(checkpoint, optimizers, parameters, tp_size, report),
+    )
 
 
-def check_trainer_state(state: Mapping[str, Any]) -> None:
-    """Checks that ``state`` can be written, without writing it; for an early error. Not collective.
+def check_trainer_state(values: Mapping[str, Any]) -> None:
+    """Checks that ``values`` can be written, without writing it; for an early error. Not collective.
 
     Raises:
         CheckpointError: naming the key path of the first value that cannot be stored.
     """
-    raise NotImplementedError
+    typed_json.encode(dict(values), where="trainer state")
+
+
+def read_full_state(path: str | Path, *, verify: bool = True) -> dict[str, Tensor]:
+    """All weights and buffers as whole global tensors on the CPU, by canonical name. Not collective.
+
+    Tied names share one tensor. For exports and for tools: it needs the memory of the whole model.
+    """
+    checkpoint = Checkpoint(Path(path))
+    if verify:
+        checkpoint.check_listing()
+        for name in checkpoint.files(("model",)):
+            checkpoint.check_hash(name)
+    names = [name for name in checkpoint.manifest.tensors if name.startswith("model/")]
+    full = {name: checkpoint.read_tensor(name) for name in names}
+    full.update({alias: full[name] for alias, name in checkpoint.manifest.aliases.items()})
+    return {name.removeprefix("model/"): tensor for name, tensor in full.items()}
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a committed checkpoint folder of ours (its contents are not verified)."""
-    raise NotImplementedError
+    return commit.is_committed(Path(path)) or commit.is_committed(commit.replaced(Path(path)))
 
 
 def remove_checkpoint(path: str | Path) -> None:
     """Deletes a checkpoint, un-committing it first by a rename; one rank calls it. No error if there is none."""
-    raise NotImplementedError
+    commit.remove(Path(path))
+
+
+def _open(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint on every rank, or on none. Collective."""
+    opened: list[Checkpoint] = []
+    exchange.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(Path(path))))
+    return opened[0]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""

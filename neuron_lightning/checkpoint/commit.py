@@ -1,0 +1,146 @@
+"""A folder that is either all there or not there: what one rank does around the writing of a checkpoint.
+
+Everything is written into ``<target>.tmp`` beside the target (the same file system, so that the rename is atomic).
+A target that exists is exchanged with the new folder in one system call where the file system can do that;
+elsewhere it is renamed to ``<target>.old`` first, and :func:`locate` finds it there if a crash came in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from neuron_lightning.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def temporary(target: Path) -> Path:
+    """Where a checkpoint is while it is being written."""
+    return target.with_name(target.name + ".tmp")
+
+
+def replaced(target: Path) -> Path:
+    """Where the checkpoint of this name is for a moment while another one takes its place."""
+    return target.with_name(target.name + ".old")
+
+
+def is_committed(path: Path) -> bool:
+    """Whether ``path`` is a folder with a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def locate(path: Path) -> Path:
+    """The folder of the committed checkpoint called ``path``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for candidate in (path, replaced(path)):
+        if is_committed(candidate):
+            return candidate
+    if not path.exists():
+        hint = " (an unfinished one is there: the save was interrupted)" if temporary(path).exists() else ""
+        raise CheckpointError(f"there is no checkpoint at {path}{hint}: check the path.")
+    kind = "a folder without a manifest.json" if path.is_dir() else "a file, not a folder"
+    raise CheckpointError(f"{path} is not a checkpoint of this package: it is {kind}.")
+
+
+def prepare(target: Path) -> Path:
+    """Makes the empty temporary folder; what an interrupted save left there is removed.
+
+    Raises:
+        CheckpointError: something that is no checkpoint stands in the way.
+        OSError: no permission, no space.
+    """
+    if target.exists() and not is_committed(target) and not _is_empty_folder(target):
+        raise CheckpointError(
+            f"{target} exists and is not a checkpoint: choose another name or remove it; it is left as it is."
+        )
+    if not os.path.lexists(target) and is_committed(replaced(target)):
+        os.rename(replaced(target), target)
+    folder = temporary(target)
+    _delete(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    return folder
+
+
+def publish(target: Path) -> None:
+    """Gives the temporary folder its name; afterwards the checkpoint exists, whatever happens to the machine."""
+    folder = temporary(target)
+    sync_folder(folder)
+    if target.is_symlink():
+        target.unlink()
+    if not target.exists() or _is_empty_folder(target):
+        os.rename(folder, target)
+        sync_folder(target.parent)
+        return
+    if _exchange(folder, target):
+        sync_folder(target.parent)
+        _delete(folder)
+        return
+    old = replaced(target)
+    _delete(old)
+    os.rename(target, old)
+    os.rename(folder, target)
+    sync_folder(target.parent)
+    _delete(old)
+
+
+def discard(target: Path) -> None:
+    """Removes the temporary folder of a save that failed."""
+    shutil.rmtree(temporary(target), ignore_errors=True)
+
+
+def remove(target: Path) -> None:
+    """Deletes a checkpoint: first it loses its name, then its files. A link to one loses only the link.
+
+    Raises:
+        CheckpointError: ``target`` is a folder, but no checkpoint.
+    """
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+        return
+    if not target.exists():
+        return
+    if not is_committed(target):
+        raise CheckpointError(f"{target} is not a checkpoint (it has no {MANIFEST}): it is left as it is.")
+    grave = target.with_name(target.name + ".removed")
+    _delete(grave)
+    os.rename(target, grave)
+    sync_folder(target.parent)
+    _delete(grave)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two names atomically (Linux ``renameat2``); False where the system cannot do it."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    result = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return bool(result == 0)
