@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from neuron_lightning.data.prepare import open_prepared
+from neuron_lightning.data.prepare import HELDOUT_FRACTION, open_prepared
 from neuron_lightning.data.sampler import PositionalSampler
 from neuron_lightning.errors import ConfigError
 
@@ -26,6 +26,7 @@ def create_pretraining_dataloader(
     attention_mask: bool = False,
     num_workers: int = 0,
     pin_memory: bool = False,
+    heldout_fraction: float = HELDOUT_FRACTION,
 ) -> DataLoader[dict[str, Tensor]]:
     """Batches of ``{"input_ids", "labels"}: (batch_size, seq_len) int64``, this data-parallel rank's share.
 
@@ -45,6 +46,7 @@ def create_pretraining_dataloader(
         attention_mask: add ``attention_mask``, all ones.
         num_workers: worker processes; the batches do not depend on it.
         pin_memory: copy batches to page-locked memory, for devices that gain by it.
+        heldout_fraction: share of a ready token file's tail that is the ``heldout`` split.
 
     Raises:
         ConfigError: a size out of range.
@@ -52,7 +54,7 @@ def create_pretraining_dataloader(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
-    dataset = open_prepared(data_dir).dataset(split, seq_len, attention_mask=attention_mask)
+    dataset = open_prepared(data_dir, heldout_fraction).dataset(split, seq_len, attention_mask=attention_mask)
     sampler = PositionalSampler(
         dataset,
         num_replicas=dp_size,

@@ -73,10 +73,10 @@ class PositionalSampler(DistributedSampler[Any]):
 
     @property
     def position(self) -> int:
-        """Samples of this epoch consumed by all ranks together before the next iteration starts.
+        """Samples of this epoch that all ranks together have consumed: where every iteration of it starts.
 
         It is set by whoever counts what was trained on (a sampler runs ahead of that by the batches that are
-        being fetched), and goes back to 0 with a new epoch.
+        being fetched), and goes back to 0 when :meth:`set_epoch` moves to another epoch.
         """
         return self._position
 
@@ -98,7 +98,6 @@ class PositionalSampler(DistributedSampler[Any]):
         for start in range(first, self.epoch_size, _CHUNK * self.num_replicas):
             stop = min(start + _CHUNK * self.num_replicas, self.epoch_size)
             yield from self._ids(np.arange(start, stop, self.num_replicas, dtype=np.int64))
-        self._position = 0
 
     def __len__(self) -> int:
         """This rank's samples in a whole epoch, wherever the next iteration starts."""

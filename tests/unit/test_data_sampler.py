@@ -106,10 +106,9 @@ def test_length_stays_the_whole_epochs_and_the_next_epoch_starts_at_its_beginnin
     sampler.position = 6
     assert len(sampler) == 10
     assert len(list(sampler)) == 7
-    assert len(list(sampler)) == 10
-    sampler.position = 6
     sampler.set_epoch(1)
     assert sampler.position == 0
+    assert len(list(sampler)) == 10
 
 
 def test_a_group_makes_the_epoch_the_same_for_every_layout() -> None:
