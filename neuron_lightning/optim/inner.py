@@ -1,0 +1,143 @@
+"""The user's optimizer, running on other tensors.
+
+The wrapper never steps the user's instance: it steps a twin of the same class, attributes and
+hyper-parameters whose tensors are this rank's pieces. The user's instance keeps the parameter groups that
+schedulers write into.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+FAILURES = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What an optimizer class raises when it is given tensors that it is not made for."""
+
+Groups = list[dict[str, Any]]
+
+
+class InnerOptimizer:
+    """A twin of an optimizer over other tensors.
+
+    Args:
+        outer: the user's instance.
+        members: for each of its groups the tensors that stand for the group's parameters.
+        fused: run the fused implementation although the user left the choice open.
+
+    Attributes:
+        optimizer: the twin; its ``state`` is keyed by the members.
+    """
+
+    def __init__(self, outer: Optimizer, members: Sequence[list[Tensor]], *, fused: bool = False) -> None:
+        self._outer = outer
+        self._overrides: dict[str, Any] = {"fused": True} if fused else {}
+        groups = [
+            {**group, **self._overrides, "params": list(tensors)}
+            for group, tensors in zip(outer.param_groups, members, strict=True)
+        ]
+        self.optimizer = twin(outer, groups)
+        self._groups = self.optimizer.param_groups
+
+    def pull(self) -> None:
+        """Takes every hyper-parameter from the user's groups."""
+        for theirs, ours in zip(self._outer.param_groups, self._groups, strict=True):
+            ours.update((k, v) for k, v in theirs.items() if k != "params" and k not in self._overrides)
+
+    def push(self) -> None:
+        """Gives back the group entries that the step itself has changed (a step counter, an estimate)."""
+        for theirs, ours in zip(self._outer.param_groups, self._groups, strict=True):
+            for key, value in ours.items():
+                if key != "params" and key not in self._overrides and theirs.get(key) is not value:
+                    theirs[key] = value
+
+    def step(self, only: set[int] | None = None, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the members that have a gradient.
+
+        Args:
+            only: ``id`` of the members to look at; None for all.
+            closure: for classes whose ``step`` evaluates the loss itself.
+        """
+        if only is None:
+            return plain_step(self.optimizer, closure)
+        full = self._groups
+        parts = [[t for t in group["params"] if id(t) in only] for group in full]
+        narrowed = [
+            (group, {**group, "params": part}) for group, part in zip(full, parts, strict=True) if part
+        ]
+        self.optimizer.param_groups = [part for _, part in narrowed]
+        try:
+            return plain_step(self.optimizer, closure)
+        finally:
+            for group, part in narrowed:
+                group.update((k, v) for k, v in part.items() if k != "params")
+            self.optimizer.param_groups = full
+
+
+def twin(outer: Optimizer, groups: Groups) -> Optimizer:
+    """An optimizer with the class and attributes of ``outer``, over ``groups``, with empty state and no hooks.
+
+    Its constructor does not run. Attributes that list the parameters of ``outer`` list those of ``groups``.
+    """
+    copy: Optimizer = object.__new__(type(outer))
+    attributes = {k: v for k, v in vars(outer).items() if k != "step" and not k.startswith("_optimizer_")}
+    originals = {id(p) for group in outer.param_groups for p in group["params"]}
+    members = [t for group in groups for t in group["params"]]
+    for name, value in attributes.items():
+        if isinstance(value, list) and value and all(id(item) in originals for item in value):
+            attributes[name] = members
+    attributes |= {"state": defaultdict(dict), "param_groups": groups, "defaults": dict(outer.defaults)}
+    Optimizer.__setstate__(copy, attributes)
+    return copy
+
+
+def plain_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """``optimizer.step`` without the hooks and profiler range that torch puts around it; the wrapper has its own."""
+    function = type(optimizer).step
+    if getattr(function, "hooked", False):
+        function = inspect.unwrap(function, stop=lambda f: not getattr(f, "hooked", False))
+    return function(optimizer) if closure is None else function(optimizer, closure)
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether ``step`` cannot run without a closure, as LBFGS'."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def can_fuse(outer: Optimizer, kinds: set[tuple[torch.device, torch.dtype]]) -> bool:
+    """Whether the user left the implementation open and a fused one works for all of ``kinds``."""
+    for group in outer.param_groups:
+        if "fused" not in group or group["fused"] is not None or group.get("foreach") is not None:
+            return False
+        if group.get("capturable") or group.get("differentiable") or isinstance(group.get("lr"), Tensor):
+            return False
+    return all(_fuses(outer, device, dtype) for device, dtype in kinds)
+
+
+def _fuses(outer: Optimizer, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tries it, with a parameter whose first gradient comes late (torch's fused SGD fails on its momentum)."""
+    early, late = (torch.zeros(1, dtype=dtype, device=device) for _ in range(2))
+    optimizer = twin(
+        outer, [{**group, "fused": True, "params": [early, late]} for group in outer.param_groups[:1]]
+    )
+    try:
+        for tensor in (early, late):
+            tensor.grad = torch.zeros_like(tensor)
+            plain_step(optimizer)
+    except FAILURES:
+        return False
+    return True
