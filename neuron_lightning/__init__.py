@@ -1,1 +1,47 @@
-"""PyTorch Lightning for AWS Trainium and Inferentia."""
+"""PyTorch Lightning for AWS Trainium and Inferentia.
+
+Public names are resolved when they are first used; importing the package registers the strategy and the
+accelerator as ``"neuron"`` in Lightning's registries.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_HOMES = {
+    "NeuronCheckpointIO": "lightning.checkpoint_io",
+    "NeuronLTModule": "lightning.module",
+    "NeuronLightningDataModule": "lightning.datamodule",
+    "NeuronTQDMProgressBar": "lightning.progress",
+    "NeuronTensorBoardLogger": "lightning.loggers",
+    "NeuronXLAAccelerator": "lightning.accelerator",
+    "NeuronXLAPrecisionPlugin": "lightning.precision",
+    "NeuronXLAStrategy": "lightning.strategy",
+    "initialize_parallel_model": "lightning.model",
+    "initialize_parallel_optimizer": "optim",
+    "neuronx_distributed_config": "config",
+}
+_MODULES = {"parallel_state": "parallel.parallel_state", "xm": "compat.xm"}
+
+__all__ = sorted([*_HOMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if find_spec("lightning") is not None:
+    import_module(f"{__name__}.lightning.registration").register()

@@ -1,0 +1,389 @@
+"""The strategy: Lightning's Trainer on tensor-parallel, data-parallel, ZeRO-1 ranks."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from neuron_lightning.backends import get_backend, select_backend, use_backend
+from neuron_lightning.config import NeuronConfig
+from neuron_lightning.errors import ConfigError, LaunchError, ParallelStateError
+from neuron_lightning.lightning import failures, internals, launch, processes
+from neuron_lightning.lightning.accelerator import accelerator_for, backend_name
+from neuron_lightning.lightning.model_setup import prepare_module, report_layout
+from neuron_lightning.lightning.precision import NeuronXLAPrecisionPlugin
+from neuron_lightning.lightning.settings import StrategySettings
+from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin
+from neuron_lightning.lightning.strategy_collectives import CollectivesMixin
+from neuron_lightning.lightning.strategy_data import DataMixin, vocab_size_of
+from neuron_lightning.optim import wrap_optimizer
+from neuron_lightning.parallel import mesh
+from neuron_lightning.parallel.initialize import deferred_init
+
+_log = logging.getLogger(__name__)
+
+
+class _Active:
+    """The one holder of the strategy that is between set-up and tear-down in this process."""
+
+    strategy: weakref.ref[NeuronXLAStrategy] | None = None
+
+
+class NeuronXLAStrategy(DataMixin, CheckpointMixin, CollectivesMixin):
+    """Runs the Trainer on ranks laid out as tensor-parallel × data-parallel, on neuron, cuda or cpu.
+
+    Any ``LightningModule`` trains under it, with automatic or manual optimization. Its optimizers are replaced
+    by :class:`~neuron_lightning.optim.ParallelOptimizer`, which reduces gradients once per optimizer step.
+
+    Args:
+        nxd_config: what :func:`~neuron_lightning.neuronx_distributed_config` returns, or a dict with its keys.
+        tensor_parallel_size: ranks that share one copy of the weights (1: as ``nxd_config`` says).
+        pipeline_parallel_size: 1 in this release.
+        expert_parallel_size: 1 in this release.
+        context_parallel_size: 1 in this release.
+        debug: every rank logs its place in the layout.
+        sync_module_states: start from rank 0's weights even where every rank would draw the same.
+        checkpoint_io: plugin that removes checkpoints; default :class:`~neuron_lightning.NeuronCheckpointIO`.
+        save_load_xser: accepted for NxD's scripts; checkpoints are always one folder of safetensors files.
+        zero1: cut optimizer state over the data-parallel ranks; None: as ``nxd_config`` says.
+        sequence_parallel: cut activations along the sequence between parallel layers; None: as ``nxd_config``.
+        tp_plan: module-name pattern -> ``"column"``, ``"row"``, …, applied after ``configure_model`` (see
+            :func:`neuron_lightning.parallel.parallelize`); a plan that was already applied wins.
+        layout: must be None in this release.
+        state_dict_type: ``"deduped"`` (each element is written once) or ``"sharded"``.
+        auto_resume: must be False in this release.
+        compile: must be False in this release.
+        timeout: of collectives; a rank that waits longer fails.
+
+    Attributes:
+        data_parallel_rank, data_parallel_size, tensor_parallel_rank, tensor_parallel_size,
+        pipeline_parallel_rank, pipeline_parallel_size: this rank's place; known once the Trainer runs.
+
+    Raises:
+        ConfigError: an argument contradicts ``nxd_config``, or asks for what this release lacks.
+    """
+
+    strategy_name = "neuron"
+
+    def __init__(
+        self,
+        nxd_config: Mapping[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        debug: bool = False,
+        sync_module_states: bool = False,
+        checkpoint_io: CheckpointIO | None = None,
+        save_load_xser: bool = True,
+        *,
+        zero1: bool | None = None,
+        sequence_parallel: bool | None = None,
+        tp_plan: Mapping[str, str] | None = None,
+        layout: None = None,
+        state_dict_type: Literal["deduped", "sharded"] = "deduped",
+        auto_resume: bool = False,
+        compile: bool = False,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        self.settings = StrategySettings.resolve(
+            nxd_config=nxd_config,
+            sizes={
+                "tensor_parallel_size": tensor_parallel_size,
+                "pipeline_parallel_size": pipeline_parallel_size,
+                "expert_parallel_size": expert_parallel_size,
+                "context_parallel_size": context_parallel_size,
+            },
+            zero1=zero1,
+            sequence_parallel=sequence_parallel,
+            tp_plan=tp_plan,
+            state_dict_type=state_dict_type,
+            sync_module_states=sync_module_states,
+            later={"layout": layout, "auto_resume": auto_resume, "compile": compile},
+        )
+        self.state_dict_type = state_dict_type
+        self._debug = debug
+        self._timeout = timeout
+        self._num_nodes = 1
+        self._environment: ClusterEnvironment | None = None
+        self._deferred = []
+        self._stop = processes.StopFlag()
+        super().__init__(checkpoint_io=checkpoint_io)
+
+    @property
+    def nxd_config(self) -> NeuronConfig:
+        """The configuration in force, every argument of the strategy merged in."""
+        return self.settings.config
+
+    # -- processes -------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """True: Lightning then inserts samplers and honours ``sync_dist``."""
+        return True
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines; follows the launcher."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        """Where ranks and addresses come from. The launcher decides unless the user passed a plugin."""
+        if self._environment is None:
+            arguments = internals.trainer_arguments()
+            if arguments is not None and not arguments.environment_given:
+                self._environment = launch.environment_for(launch.detect())
+        return self._environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: ClusterEnvironment | None) -> None:
+        self._environment = environment
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        devices = self.parallel_devices
+        if not devices:
+            return get_backend().device(0)
+        return devices[self.local_rank]
+
+    def set_world_ranks(self) -> None:
+        """Settles backend, devices and number of processes from what the Trainer and the launcher say.
+
+        Raises:
+            ConfigError: an accelerator that contradicts ``NEURON_LIGHTNING_BACKEND`` or has no device.
+            LaunchError: the Trainer contradicts the launcher, or tp does not divide the world.
+        """
+        arguments = internals.trainer_arguments()
+        if arguments is not None:
+            self._settle_processes(arguments)
+        environment = self.cluster_environment
+        if environment is not None:
+            environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            environment.set_world_size(self.num_nodes * self.num_processes)
+        setattr(rank_zero_only, "rank", self.global_rank)  # noqa: B010 - an attribute of a function
+        failures.install(self.global_rank)
+        self._check_world()
+
+    def _settle_processes(self, arguments: internals.TrainerArguments) -> None:
+        use_backend(*select_backend(backend_name(arguments.accelerator)))
+        backend = get_backend()
+        if arguments.accelerator == "auto":
+            self.accelerator = accelerator_for(backend)
+        settled = launch.settle(launch.detect(), arguments.devices, arguments.num_nodes, backend)
+        self.parallel_devices = [backend.device(index) for index in settled.device_indices]
+        self._num_nodes = settled.num_nodes
+        if arguments.trainer is not None:
+            internals.explain_mixed_packages(arguments.trainer)
+
+    def _check_world(self) -> None:
+        tp, world = self.settings.tp, self.world_size
+        if world % tp:
+            raise LaunchError(
+                f"world size {world} is not divisible by tensor_parallel_size {tp}: the ranks form whole "
+                f"tensor-parallel groups; start a multiple of {tp} ranks (torchrun --nproc-per-node {tp}), or choose "
+                f"a tensor_parallel_size from {[d for d in range(1, world + 1) if world % d == 0]}."
+            )
+
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        if environment is not None and self.num_processes * self.num_nodes > 1:
+            self._launcher = internals.script_launcher(environment, self.num_processes, self.num_nodes)
+
+    # -- set-up ----------------------------------------------------------------------------------------
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Always ours; what ``Trainer(precision=…)`` made is converted to the same name."""
+        if self._precision_plugin is None:
+            return NeuronXLAPrecisionPlugin()
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if precision_plugin is not None:
+            precision_plugin = NeuronXLAPrecisionPlugin.from_lightning(precision_plugin)
+        self._precision_plugin = precision_plugin
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The plugin that removes checkpoints."""
+        if self._checkpoint_io is None:
+            from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
+
+            self._checkpoint_io = NeuronCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    def connect(self, model: LightningModule) -> None:
+        """Takes the module. Raises :class:`ConfigError` for one of the ``pytorch_lightning`` package."""
+        internals.check_package(model)
+        super().connect(model)
+
+    def setup_environment(self) -> None:
+        """Creates the process group and the mesh, and checks that all ranks mean the same run.
+
+        Raises:
+            ConfigError: the ranks disagree; every rank raises it, naming key, values and ranks.
+            ParallelStateError: another strategy is running in this process.
+        """
+        self._claim_process()
+        plugin = self.precision_plugin
+        if isinstance(plugin, NeuronXLAPrecisionPlugin):
+            plugin.check(get_backend())
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        processes.init_process_group(self, self._timeout)
+        failures.watch()
+        trainer = self._trainer()
+        processes.check_equal_settings(self.settings.flat(), trainer, str(plugin.precision))
+        processes.build_mesh(tp=self.settings.tp, sequence_parallel=self.settings.sequence_parallel)
+        internals.install(
+            trainer, internals.Hooks(on_boundary=self._on_boundary, on_sigterm=self._stop.set_here)
+        )
+        if self._debug:
+            _log.warning("rank %d of %s", mesh.current().rank, mesh.describe(mesh.current()))
+
+    def _claim_process(self) -> None:
+        other = _Active.strategy() if _Active.strategy is not None else None
+        if other is not None and other is not self:
+            raise ParallelStateError(
+                "another NeuronXLAStrategy is running in this process: a process holds one parallel layout at a "
+                "time; let its Trainer finish (or fail) before the next one starts."
+            )
+        _Active.strategy = weakref.ref(self)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Parallelises, draws, synchronises and moves the module, then builds the optimizers. All ranks together."""
+        module, accelerator = self.lightning_module, self.accelerator
+        if module is None or accelerator is None:
+            raise ConfigError(
+                "setup needs a connected module and an accelerator: use the strategy through a Trainer."
+            )
+        accelerator.setup(trainer)
+        self.precision_plugin.convert_module(module)
+        prepare_module(module, self.settings, self.root_device)
+        self._vocab_size = vocab_size_of(module)
+        report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def model_to_device(self) -> None:
+        """Moves the module to this rank's device."""
+        if self.model is not None:
+            self.model.to(self.root_device)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Calls ``configure_optimizers`` and puts a ParallelOptimizer around each optimizer that is none."""
+        super().setup_optimizers(trainer)
+        self.optimizers = [self._wrapped(optimizer) for optimizer in self.optimizers]
+
+    def _wrapped(self, optimizer: Optimizer) -> Optimizer:
+        if hasattr(optimizer, "synchronize") or not optimizer.param_groups:
+            return optimizer
+        settings = self.settings
+        return wrap_optimizer(
+            optimizer,
+            zero1=settings.zero1,
+            max_grad_norm=settings.max_grad_norm,
+            master_weights=settings.master_weights,
+            fp32_grad_accumulation=settings.fp32_grad_accumulation,
+        )
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """``configure_model`` runs in it: parallel layers draw their weights later, alike in every layout."""
+        with deferred_init():
+            yield
+
+    # -- while it runs ---------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Gives a resumed run its random states and step count back."""
+        internals.count_resumed_steps(self._trainer())
+        self._restore_random_states()
+
+    def _on_boundary(self) -> None:
+        self.run_deferred()
+        if self._stop.agreed():
+            internals.stop_for_sigterm(self._trainer())
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Says how to go on after Ctrl-C or SIGTERM. Never runs a collective: peers may be gone."""
+        self._deferred = []
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)):
+            failures.report_interrupt(self._trainer(), exception)
+
+    def teardown(self) -> None:
+        """Moves the module to the CPU and lets the next strategy start. The layout stays until then."""
+        self.run_deferred()
+        failures.stop_watching()
+        if self.lightning_module is not None:
+            self.lightning_module.cpu()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.teardown()
+        _Active.strategy = None
+
+    # -- this rank's place -----------------------------------------------------------------------------
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Position among the data-parallel replicas."""
+        return mesh.current().coordinates["dp"]
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return mesh.current().sizes["dp"]
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """Position in the tensor-parallel group."""
+        return mesh.current().coordinates["tp"]
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks of a tensor-parallel group."""
+        return self.settings.tp
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """Pipeline stage."""
+        return mesh.current().coordinates["pp"]
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Number of pipeline stages."""
+        return mesh.current().sizes["pp"]
