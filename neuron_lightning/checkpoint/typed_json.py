@@ -29,6 +29,16 @@ TYPE = "$type"
 MAX_DEPTH = 100
 MAX_ARRAY_BYTES = 1 << 20
 _ARRAY_KINDS = "biuf"
+_DECODE_ERRORS = (
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    SyntaxError,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,9 @@ def decode(data: Any, tensors: Mapping[str, Tensor] | Callable[[str], Tensor] | 
     lookup = tensors if callable(tensors) else (tensors or {}).__getitem__
     try:
         return _decode(data, lookup)
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except _DECODE_ERRORS as error:
         raise CheckpointError(
             f"the stored state is not what this package writes ({type(error).__name__}: {error}): the checkpoint "
             "is damaged or was edited."
@@ -100,7 +112,7 @@ class _Encoder:
             return value if math.isfinite(value) else _typed("float", repr(value))
         if isinstance(value, Enum):
             return _typed(
-                "enum", self.encode(value.value, where, depth + 1), name=_qualified_name(type(value))
+                "enum", self.encode(value.value, where, depth + 1), enum=_qualified_name(type(value))
             )
         if isinstance(value, dict):
             return self._dict(value, where, depth)

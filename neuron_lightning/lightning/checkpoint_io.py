@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from neuron_lightning.checkpoint import folder
+from neuron_lightning.checkpoint import exchange, folder
 from neuron_lightning.errors import CheckpointError
 
 _QUIET_S = 2.0
@@ -94,7 +94,7 @@ def show_transfer(verb: str, path: Any) -> Iterator[Callable[[str, int, int], No
     """
     shown = _Transfer(verb, str(path))
     try:
-        yield shown.update if rank_zero_only.rank == 0 else _unseen
+        yield shown.update if exchange.world()[0] == 0 else _unseen
     finally:
         shown.close()
     if (seconds := time.monotonic() - shown.started) > _QUIET_S:
