@@ -90,11 +90,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def reduce_scatter(self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
+    def reduce_scatter(
+        self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+    ) -> dist.Work | None:
         """Sums ``full`` over ``group`` and leaves this rank's slice of dimension 0 in ``shard``.
 
-        ``full`` is used as scratch space and is undefined afterwards (``shard`` may be a view of it).
-        Both must be contiguous. Every rank of the group calls it together.
+        ``full`` is used as scratch space and is undefined afterwards (``shard`` may be a view of it, and
+        with ``async_op`` must be: this rank's own slice). Both must be contiguous. Every rank of the group
+        calls it together.
         """
 
     # -- steps, precision, randomness ------------------------------------------------------------------

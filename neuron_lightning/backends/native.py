@@ -135,14 +135,17 @@ class NativeBackend(Backend):
     ) -> dist.Work | None:
         return _all_gather_single(output, shard, group=group, async_op=async_op)  # type: ignore[no-any-return]
 
-    def reduce_scatter(self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
+    def reduce_scatter(
+        self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+    ) -> dist.Work | None:
         if self._facts.native_reduce_scatter:
-            _reduce_scatter_single(shard, full, group=group)
-            return
-        dist.all_reduce(full, group=group)
-        mine = full.narrow(0, dist.get_rank(group) * shard.shape[0], shard.shape[0])
-        if mine.data_ptr() != shard.data_ptr():
-            shard.copy_(mine)
+            return _reduce_scatter_single(shard, full, group=group, async_op=async_op)  # type: ignore[no-any-return]
+        work = dist.all_reduce(full, group=group, async_op=async_op)
+        if not async_op:
+            mine = full.narrow(0, dist.get_rank(group) * shard.shape[0], shard.shape[0])
+            if torch.compiler.is_compiling() or mine.data_ptr() != shard.data_ptr():
+                shard.copy_(mine)
+        return work  # type: ignore[no-any-return]
 
     def mark_step(self) -> None:
         """Eager devices have no graph to end."""
