@@ -13,6 +13,7 @@ Shape suffixes, all local to this rank:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,13 +108,14 @@ class Attention(nn.Module):
         q_BNSH = rotate(self._split_heads(q), cos_F, sin_F)
         k_BKSH = rotate(self._split_heads(k), cos_F, sin_F)
         v_BKSH = self._split_heads(v)
-        with get_rng_tracker().fork(enabled=self.training and self.dropout > 0):
+        dropping = self.training and self.dropout > 0
+        with get_rng_tracker().fork() if dropping else nullcontext():
             y_BNSH = F.scaled_dot_product_attention(
                 q_BNSH,
                 k_BKSH,
                 v_BKSH,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=self.dropout if dropping else 0.0,
                 is_causal=mask is None,
                 enable_gqa=q_BNSH.shape[1] != k_BKSH.shape[1],
             )
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         return attended
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        heads = x.unflatten(-1, (-1, self.head_size))
+        heads = x.view(*x.shape[:2], -1, self.head_size)
         return heads.permute(1, 2, 0, 3) if self.sequence_parallel else heads.transpose(1, 2)
 
 
@@ -179,12 +181,9 @@ class LlamaModel(nn.Module):
             **_layer_arguments(config, sequence_parallel),
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, sequence_parallel=sequence_parallel)
-            for _ in range(config.num_hidden_layers)
+            DecoderLayer(config, sequence_parallel=sequence_parallel) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps, sequence_parallel=sequence_parallel
-        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, sequence_parallel=sequence_parallel)
         self.rotary = RotaryTable(config)
 
     def forward(self, input_ids_BS: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

@@ -82,9 +82,7 @@ class LlamaConfig:
         if self.head_dim is None:
             _check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _check_divides(
-            "num_key_value_heads", self.kv_heads, "num_attention_heads", self.num_attention_heads
-        )
+        _check_divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.num_attention_heads)
         if self.head_size < 2 or self.head_size % 2:
             raise ConfigError(f"rotary embeddings turn pairs: head_dim {self.head_size} must be even.")
         if self.hidden_act != "silu":

@@ -20,7 +20,7 @@ def rope_frequencies(config: LlamaConfig, dtype: torch.dtype = torch.float32) ->
         (head_dim / 2,) in ``dtype``; in float32 bit for bit what ``transformers`` computes.
     """
     exponents_F = torch.arange(0, config.head_size, 2, dtype=dtype, device="cpu") / config.head_size
-    frequency_F = 1.0 / (config.rope_theta**exponents_F)
+    frequency_F = 1.0 / torch.pow(config.rope_theta, exponents_F)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency_F
@@ -79,6 +79,4 @@ class RotaryTable:
 def rotate(x_BNSH: Tensor, cos_B1SF: Tensor, sin_B1SF: Tensor) -> Tensor:
     """Turns the pairs (i, i + H/2) of every head by the angles of its position."""
     first, second = x_BNSH.chunk(2, dim=-1)
-    return torch.cat(
-        (first * cos_B1SF - second * sin_B1SF, second * cos_B1SF + first * sin_B1SF), dim=-1
-    )
+    return torch.cat((first * cos_B1SF - second * sin_B1SF, second * cos_B1SF + first * sin_B1SF), dim=-1)
