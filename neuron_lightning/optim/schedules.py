@@ -60,6 +60,8 @@ def get_cosine_schedule_with_warmup(
 ) -> LambdaLR:
     """From 0 up in ``num_warmup_steps`` optimizer steps, then down a cosine until ``num_training_steps``.
 
+    Afterwards it stays where it is.
+
     Args:
         optimizer: whose learning rates are driven.
         num_warmup_steps: optimizer steps of the rise.
