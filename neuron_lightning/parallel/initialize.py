@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from neuron_lightning.errors import ConfigError
 from neuron_lightning.parallel.drawing import Distribution, fill_box, key_of, recognise, seeded
-from neuron_lightning.parallel.random import construction_seed
+from neuron_lightning.parallel.random import next_construction
 from neuron_lightning.parallel.shards import fill_from_global, local_box
 from neuron_lightning.parallel.spec import ShardPart, get_spec
 
 InitMethod = Callable[[Tensor], object]
+Replacements = dict[int, tuple[nn.Parameter, nn.Parameter]]
+"""Old and new parameter by the id of the old one, which is kept alive so that its id stays its own."""
 
 _RECORD = "init_record"
 _UNDRAWN = "init_undrawn"
@@ -46,13 +48,6 @@ class Init:
     method: InitMethod | None = None
     fan_in: int | None = None
     zero_rows: tuple[int, ...] = ()
-
-
-class _StandAlone:
-    """Counts the layers that drew at construction, so that each gets numbers of its own."""
-
-    seed: int | None = None
-    layers = 0
 
 
 @contextmanager
@@ -78,9 +73,9 @@ def mark_drawn(param: Tensor) -> None:
 def record(module: nn.Module, inits: Mapping[str, Init]) -> None:
     """Records how the parameters of a layer are drawn, and draws them unless that is deferred.
 
-    A layer that draws by itself uses (seed, number of the layer in this process); the seed is that of
-    :func:`~neuron_lightning.parallel.random.model_parallel_manual_seed` or ``torch.initial_seed()``. torch's
-    own generator is not advanced. All ranks must construct the same layers in the same order.
+    A layer that draws by itself uses (seed, number of the layer since the seed was set); the seed is that of
+    :func:`~neuron_lightning.parallel.random.model_parallel_manual_seed`, which starts the count again, or
+    ``torch.initial_seed()``. torch's own generator is not advanced. All ranks must construct the same layers in the same order.
 
     Args:
         module: the layer, its parameters allocated and their specs attached.
@@ -92,12 +87,9 @@ def record(module: nn.Module, inits: Mapping[str, Init]) -> None:
         setattr(param, _UNDRAWN, True)
     if _deferred.get() or any(param.is_meta for param in params.values()):
         return
-    seed = construction_seed()
-    if _StandAlone.seed != seed:
-        _StandAlone.seed, _StandAlone.layers = seed, 0
+    seed, number = next_construction()
     for leaf, param in params.items():
-        _draw(param, seed, f"#{_StandAlone.layers}", leaf)
-    _StandAlone.layers += 1
+        _draw(param, seed, f"#{number}", leaf)
 
 
 def materialize(
@@ -129,14 +121,14 @@ def materialize(
     """
     target = torch.device(device) if device is not None else _device_of(module)
     drawn: list[str] = []
-    replacements: dict[int, nn.Parameter] = {}
+    replacements: Replacements = {}
     for name, param in list(module.named_parameters()):
         if not is_undrawn(param) or not isinstance(getattr(param, _RECORD, None), Init):
             continue
         real = _allocate(param, target) if param.is_meta else param
         prefix, _, leaf = name.rpartition(".")
         _draw(real, seed, prefix, leaf)
-        replacements[id(param)] = real
+        replacements[id(param)] = (param, real)
         drawn.append(name)
     _replace(module, replacements)
     for prefix, child in module.named_modules():
@@ -190,11 +182,11 @@ def _allocate(param: nn.Parameter, device: torch.device) -> nn.Parameter:
     return real
 
 
-def _replace(module: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
+def _replace(module: nn.Module, replacements: Replacements) -> None:
     for child in module.modules():
         for leaf, param in child._parameters.items():
             if param is not None and id(param) in replacements:
-                child._parameters[leaf] = replacements[id(param)]
+                child._parameters[leaf] = replacements[id(param)][1]
 
 
 def _reset(
@@ -203,7 +195,7 @@ def _reset(
     seed: int,
     device: torch.device,
     param_init_fn: Callable[[nn.Module], object] | None,
-    replacements: dict[int, nn.Parameter],
+    replacements: Replacements,
 ) -> list[str]:
     """Fills what a module that is not ours has on ``meta``; returns the names of the parameters filled."""
     own = dict(child.named_parameters(recurse=False))
@@ -214,7 +206,8 @@ def _reset(
         return []
     kept = {leaf: param.detach().clone() for leaf, param in own.items() if not param.is_meta}
     for leaf, param in metas.items():
-        replacements[id(param)] = child._parameters[leaf] = _allocate(param, torch.device("cpu"))
+        child._parameters[leaf] = real = _allocate(param, torch.device("cpu"))
+        replacements[id(param)] = (param, real)
     for leaf, buffer in buffers.items():
         child._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
     with seeded(key_of(seed, prefix)), torch.no_grad():
@@ -222,7 +215,7 @@ def _reset(
         for leaf, values in kept.items():
             own[leaf].copy_(values)
     for param in metas.values():
-        real = replacements[id(param)]
+        real = replacements[id(param)][1]
         real.data = real.data.to(device)
     for leaf in buffers:
         child._buffers[leaf] = child.get_buffer(leaf).to(device)

@@ -24,45 +24,51 @@ from neuron_lightning.parallel import mesh as _mesh
 
 __all__ = [
     "RngTracker",
-    "construction_seed",
     "fork",
     "get_rng_state",
     "get_rng_tracker",
     "get_xla_rng_tracker",
     "model_parallel_manual_seed",
     "model_parallel_xla_manual_seed",
+    "next_construction",
     "set_rng_state",
 ]
 
 
 class _Seed:
-    """What :func:`model_parallel_manual_seed` was given, and what it gave to torch."""
+    """What :func:`model_parallel_manual_seed` was given, what it gave to torch, and the layers made since."""
 
     given: int | None = None
     stream: int | None = None
+    construction: int | None = None
+    layers = 0
 
 
 def model_parallel_manual_seed(seed: int) -> None:
     """Seeds torch's default generators: equal within a tensor-parallel group, different between groups.
 
     Every rank calls it, with the same seed, after the mesh exists. Layers made later are still drawn from
-    ``seed`` itself, the same on all ranks.
+    ``seed`` itself, the same on all ranks, and counted from 0 again.
     """
     mesh = _mesh.current()
     _Seed.given = seed
     _Seed.stream = _mix(seed, *(mesh.coordinates[axis] for axis in ("pp", "dp", "cp", "ep")))
+    _Seed.construction, _Seed.layers = None, 0
     torch.manual_seed(_Seed.stream)
 
 
 model_parallel_xla_manual_seed = model_parallel_manual_seed
 
 
-def construction_seed() -> int:
-    """The seed that layers are drawn from: the same on all ranks, whatever their streams are."""
-    current = torch.initial_seed()
-    if _Seed.given is not None and current == _Seed.stream:
-        return _Seed.given
-    return current
+def next_construction() -> tuple[int, int]:
+    """What the next layer that draws by itself is drawn from: the seed, the same on all ranks, and a count."""
+    seed = torch.initial_seed()
+    if _Seed.given is not None and seed == _Seed.stream:
+        seed = _Seed.given
+    if _Seed.construction != seed:
+        _Seed.construction, _Seed.layers = seed, 0
+    _Seed.layers += 1
+    return seed, _Seed.layers - 1
 
 
 class RngTracker:
