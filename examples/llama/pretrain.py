@@ -8,6 +8,7 @@ Every value of the YAML file can be set on the command line too: ``--trainer.max
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ class LlamaCLI(LightningCLI):
 
 def main(args: Any = None) -> LlamaCLI:
     """Runs the command line."""
+    # Lightning's use of a torch function that torch renamed; nothing that anybody here could do about it
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     return LlamaCLI(
         LlamaPretrainModule,
         PretrainingDataModule,

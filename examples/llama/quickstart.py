@@ -80,6 +80,7 @@ def torchrun_command(
         "--trainer.strategy.init_args.tensor_parallel_size": str(plan.tensor_parallel),
         "--trainer.logger.init_args.save_dir": str(run_dir),
         "--data.batch_size": str(plan.num_sequences_per_rank),
+        "--model.warmup_steps": str(max(1, min(20, options.max_steps // 10))),
         "--data.data": options.data,
         "--ckpt_path": None if resume is None else str(resume),
     }

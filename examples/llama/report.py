@@ -63,7 +63,8 @@ class RunReport(Callback):
             self._say_how_it_went(trainer, pl_module)
         if sample is not None:
             _say(f"\nA sample, prompted with {self.prompt!r}:\n" + _indented(sample))
-        self._say_where_things_are(trainer)
+        log_dir = trainer.log_dir  # Lightning sends it from rank 0: every rank has to ask
+        self._say_where_things_are(trainer, None if log_dir is None else Path(log_dir))
 
     def _save_last_step(self, trainer: Trainer) -> None:
         """Saves the end of the run where the checkpoint interval does not divide it."""
@@ -73,7 +74,7 @@ class RunReport(Callback):
         step = trainer.global_step
         path = callback.format_checkpoint_name({"step": torch.tensor(step), "epoch": torch.tensor(0)})
         if not trainer.strategy.broadcast(Path(path).exists()):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         self._last_path = path
 
     def _say_how_it_went(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,8 +100,7 @@ class RunReport(Callback):
         return tokenizer.decode(generated[0].tolist())
 
     @rank_zero_only
-    def _say_where_things_are(self, trainer: Trainer) -> None:
-        log_dir = trainer.log_dir
+    def _say_where_things_are(self, trainer: Trainer, log_dir: Path | None) -> None:
         if log_dir is not None:
             _say(f"\nTensorBoard log  {log_dir}  (make tensorboard)")
         if self._last_path is not None:
@@ -108,12 +108,8 @@ class RunReport(Callback):
         if self.plot and log_dir is not None:
             for logger in trainer.loggers:
                 logger.save()
-            picture = Path(log_dir) / "loss.png"
-            _say(
-                f"loss curve       {picture}"
-                if plot_losses(Path(log_dir), picture)
-                else "no loss to draw yet"
-            )
+            picture = log_dir / "loss.png"
+            _say(f"loss curve       {picture}" if plot_losses(log_dir, picture) else "no loss to draw yet")
 
 
 def read_scalars(log_dir: Path, name: str) -> Curve:
