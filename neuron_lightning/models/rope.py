@@ -25,7 +25,7 @@ def rope_frequencies(config: LlamaConfig, dtype: torch.dtype = torch.float32) ->
     if scaling is None:
         return frequency_F
     if scaling["rope_type"] == "linear":
-        return frequency_F / scaling["factor"]
+        return frequency_F.div(float(scaling["factor"]))
     return _llama3(
         frequency_F,
         factor=scaling["factor"],

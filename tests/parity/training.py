@@ -1,7 +1,9 @@
 """The training that every cell does, and how far it is from one rank's.
 
 Float64, 100 steps, the same global batches and initial weights everywhere: data-parallel ranks and micro-batches
-take slices. What is left between two layouts is the order of sums, some 1e-15 a step.
+take slices. What is left between two layouts is the order of sums, some 1e-16 a step. The learning rates are such
+that training is stable: where it is not (momentum SGD at five times this rate), any two orders of sums part by a
+factor of ten every few steps, and nothing could be told from step 100.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from tests.parity.cells import Cell
 STEPS = 100
 TOLERANCE = 1e-10
 SEED = 7
-BATCH, LENGTH, VOCAB, IGNORED = 16, 16, 64, 3
+BATCH, LENGTH, VOCAB, IGNORED, EPOCH = 16, 16, 64, 3, 8
 HYPER_PARAMETERS = {
     "AdamW": {"lr": 2e-3, "betas": (0.9, 0.95)},
     "Adam": {"lr": 2e-3, "betas": (0.9, 0.95)},
-    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "SGD": {"lr": 0.02, "momentum": 0.9},
 }
 WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0
@@ -92,7 +94,7 @@ def train(cell: Cell, steps: int = STEPS) -> Run:
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels (batch, length) of a step; each sequence has equally many labels left out."""
-    random = torch.Generator().manual_seed(step)
+    random = torch.Generator().manual_seed(step % EPOCH)
     ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=random)
     out = 1 + torch.rand(BATCH, LENGTH - 1, generator=random).argsort(1)[:, :IGNORED]
     return ids, ids.scatter(1, out, -100)
