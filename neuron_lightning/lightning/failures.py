@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ _FIRST = "neuron_lightning/first_failure"
 _SEEN = "neuron_lightning/failure_seen"
 _STORE_GONE = "rank 0 failed first (the store that it holds is gone)"
 _POLL_S = 0.5
-_OWN_GRACE_S = 3.0
+_OWN_GRACE_S = 2.0
 """How long a rank that learns of a failure may take to end by itself."""
 _FAREWELL_S = 5.0
 """How long the first rank keeps the store open for the others to read its name."""
@@ -45,6 +46,7 @@ class _State:
     rank: int = 0
     store: Any = None
     watcher: _Watcher | None = None
+    advice: Callable[[], str] | None = None
 
 
 def install(rank: int) -> None:
@@ -55,8 +57,13 @@ def install(rank: int) -> None:
         sys.excepthook = _excepthook
 
 
-def watch() -> None:
-    """Starts looking for other ranks' failures; needs the default process group."""
+def watch(advice: Callable[[], str]) -> None:
+    """Starts looking for other ranks' failures; needs the default process group.
+
+    Args:
+        advice: text that rank 0 adds when another rank's failure ends it.
+    """
+    _State.advice = advice
     if _State.watcher is not None or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     # torch has no public way to the store behind init_process_group(); checked against torch 2.9 to 2.13.
@@ -75,16 +82,20 @@ def stop_watching() -> None:
 
 def report_interrupt(trainer: Trainer, exception: BaseException) -> None:
     """On Ctrl-C and SIGTERM: tells the other ranks, and says on rank 0 how to go on. Runs no collective."""
-    if isinstance(exception, KeyboardInterrupt):
-        _claim_first("KeyboardInterrupt")
+    if isinstance(exception, KeyboardInterrupt) and _claim_first("KeyboardInterrupt") is None:
+        atexit.register(_say_farewell)
+    rank_zero_info(how_to_go_on(trainer))
+
+
+def how_to_go_on(trainer: Trainer) -> str:
+    """Where the last checkpoint is, and the call that resumes from it."""
     path = last_checkpoint(trainer)
     if path is None:
-        rank_zero_info("Stopped. No checkpoint was written; start again with the same command.")
-    else:
-        rank_zero_info(
-            f"Stopped at step {trainer.global_step}. The last checkpoint is {path}\n"
-            f"Go on with: trainer.fit(model, ckpt_path={path!r})"
-        )
+        return "Stopped. No checkpoint was written; start again with the same command."
+    return (
+        f"Stopped at step {trainer.global_step}. The last checkpoint is {path}\n"
+        f"Go on with: trainer.fit(model, ckpt_path={path!r})"
+    )
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
@@ -106,8 +117,7 @@ def _excepthook(kind: type[BaseException], value: BaseException, trace: Tracebac
     if first is None:
         sys.stderr.write(f"rank {_State.rank} failed first:\n")
         _State.previous_hook(kind, value, trace)
-        sys.stderr.flush()
-        _say_farewell()
+        atexit.register(_say_farewell)  # not now: torch's own hook holds the text back until this one returns
         return
     _end(first)
 
@@ -138,12 +148,16 @@ def _claim_first(cause: str) -> str | None:
 def _end(first: str) -> None:
     """Ends this process with one line; interpreter shutdown could wait for collectives that never finish."""
     sys.stderr.write(f"rank {_State.rank} stopped: {first}\n")
+    if _State.rank == 0 and _State.advice is not None:
+        sys.stderr.write(f"{_State.advice()}\n")
     try:
         _State.store.add(_SEEN, 1)
     except (RuntimeError, OSError):
         _log.debug("the store is gone")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if _State.rank == 0:  # the store may live here, and the first to fail still reads it
+        time.sleep(_POLL_S)
     os._exit(1)
 
 

@@ -17,7 +17,8 @@ from neuron_lightning.lightning.settings import StrategySettings
 from neuron_lightning.lightning.strategy_collectives import gather_objects, is_distributed
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import materialize
-from neuron_lightning.parallel.random import construction_seed, model_parallel_manual_seed
+from neuron_lightning.parallel.plan import parallelize
+from neuron_lightning.parallel.random import model_parallel_manual_seed
 from neuron_lightning.parallel.spec import ShardSpec, get_spec
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _PLAN_APPLIED = "_nl_tp_plan_applied"
 def model_seed() -> int:
     """The seed that weights are drawn from: ``seed_everything``'s, else rank 0's. All ranks together."""
     seed = global_seed()
-    return seed if seed is not None else gather_objects(construction_seed())[0]
+    return seed if seed is not None else gather_objects(torch.initial_seed())[0]
 
 
 def mark_drawn_alike(module: nn.Module, names: Iterable[str]) -> None:
@@ -64,8 +65,6 @@ def _apply_plan(module: nn.Module, settings: StrategySettings) -> None:
         return
     # Slices must come from one and the same weight.
     _broadcast([p for p in module.parameters() if not p.is_meta], None, 0)
-    from neuron_lightning.parallel.plan import parallelize
-
     parallelize(module, settings.tp_plan)
 
 

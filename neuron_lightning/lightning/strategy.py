@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
@@ -20,6 +21,7 @@ from neuron_lightning.backends import get_backend
 from neuron_lightning.config import NeuronConfig
 from neuron_lightning.errors import ConfigError, ParallelStateError
 from neuron_lightning.lightning import failures, internals, processes
+from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
 from neuron_lightning.lightning.model_setup import prepare_module, report_layout
 from neuron_lightning.lightning.precision import NeuronXLAPrecisionPlugin
 from neuron_lightning.lightning.settings import StrategySettings
@@ -143,8 +145,6 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
     def checkpoint_io(self) -> CheckpointIO:
         """The plugin that removes checkpoints."""
         if self._checkpoint_io is None:
-            from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
-
             self._checkpoint_io = NeuronCheckpointIO()
         return self._checkpoint_io
 
@@ -172,8 +172,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
         reset_seed()
         self.set_world_ranks()
         processes.init_process_group(self, self._timeout)
-        failures.watch()
         trainer = self._trainer()
+        failures.watch(partial(failures.how_to_go_on, trainer))
         processes.check_equal_settings(self.settings.flat(), trainer, str(plugin.precision))
         processes.build_mesh(tp=self.settings.tp, sequence_parallel=self.settings.sequence_parallel)
         internals.install(

@@ -1,0 +1,120 @@
+"""Every way of starting ranks gives the same run: same losses, every sample once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuron_lightning.testing import free_port
+from tests.dist import strategy_cases as cases
+
+SCRIPT = Path(__file__).with_name("launch_script.py")
+ROOT = SCRIPT.parents[2]
+TIMEOUT_S = 90
+
+
+def environment(**extra):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC", "PL_"))}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        clean.pop(name, None)
+    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
+def start(command, **extra):
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )  # fmt: skip
+
+
+def finish(processes, code=0):
+    output = ""
+    try:
+        for process in processes:
+            output += process.communicate(timeout=TIMEOUT_S)[0]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert all((c == 0) == (code == 0) for c in codes), f"{codes}\n{output}"
+    return output
+
+
+def torchrun(*arguments, nproc=2):
+    return [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={free_port()}",
+        *arguments,
+    ]  # fmt: skip
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+def check(folder, world, nodes):
+    ranks = results(folder)
+    assert [(r["world"], r["nodes"], r["devices"]) for r in ranks] == [(world, nodes, world // nodes)] * world
+    assert sorted(i for r in ranks for i in r["ids"]) == list(range(cases.SAMPLES))
+    assert ranks[0]["steps"] == 4
+    assert ranks[0]["losses"] == pytest.approx(LOSSES[world], rel=1e-12)
+
+
+LOSSES = {}
+"""By world size, from the first way of launching that ran; all others must equal it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_python(tmp_path_factory):
+    for world in (2, 4):
+        folder = tmp_path_factory.mktemp(f"plain-{world}")
+        finish([start([sys.executable, str(SCRIPT), str(folder), "--devices", str(world)])])
+        LOSSES[world] = results(folder)[0]["losses"]
+        check(folder, world, 1)
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks():
+    """Lightning's sampler deals samples out by rank: global batches are the same at 2 and 4 ranks."""
+    assert LOSSES[2] == pytest.approx(LOSSES[4], rel=1e-12)
+
+
+def test_torchrun(tmp_path):
+    finish([start(torchrun(str(SCRIPT), str(tmp_path)))])
+    check(tmp_path, 2, 1)
+
+
+def test_two_torchrun_agents_are_two_nodes(tmp_path):
+    port = free_port()
+    common = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+        "--master-addr=127.0.0.1", f"--master-port={port}",
+    ]  # fmt: skip
+    finish([start([*common, f"--node-rank={n}", str(SCRIPT), str(tmp_path)]) for n in range(2)])
+    check(tmp_path, 4, 2)
+
+
+def test_slurm_made_by_hand(tmp_path):
+    port = str(free_port())
+    processes = [
+        start(
+            [sys.executable, str(SCRIPT), str(tmp_path)],
+            SLURM_NTASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0", SLURM_NNODES="1",
+            SLURM_JOB_ID="4711", SLURM_NODELIST="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    finish(processes)
+    check(tmp_path, 2, 1)
+
+
+def test_devices_that_contradict_torchrun(tmp_path):
+    output = finish([start(torchrun(str(SCRIPT), str(tmp_path), "--devices", "4"))], code=1)
+    assert "Trainer(devices=4) asks for 4 process(es) per node, but torchrun started 2 on this node" in output
+
+
+def test_world_size_not_divisible_by_tp(tmp_path):
+    output = finish([start(torchrun(str(SCRIPT), str(tmp_path), "--tp", "3"))], code=1)
+    assert "world size 2 is not divisible by tensor_parallel_size 3" in output
