@@ -89,6 +89,7 @@ def load_optimizers(
 ) -> None:
     """Gives optimizers their state and hyper-parameters. Raises :class:`CheckpointError`."""
     stored = checkpoint.read_document(TRAINER_FILE)["optimizers"]
+    names = Names(parameters)
     if len(stored) != len(optimizers):
         raise CheckpointError(
             f"{checkpoint.folder} holds the state of {len(stored)} optimizer(s), but {len(optimizers)} are to be loaded: "
@@ -100,9 +101,7 @@ def load_optimizers(
         total = sum(piece.stop - piece.start for piece in pieces)
         done, loaded = 0, []
         for piece in pieces:
-            loaded.append(
-                _load_piece(checkpoint, index, piece, Names(parameters).name_of(piece.param), tp_size)
-            )
+            loaded.append(_load_piece(checkpoint, index, piece, names.name_of(piece.param), tp_size))
             done += piece.stop - piece.start
             progress("read", done, total)
         optimizer.import_state(loaded)

@@ -72,6 +72,16 @@ def test_the_sharded_form_holds_all_that_ranks_hold_and_loads_anywhere(
         assert pool4.run(cases.load_as, path, tp, zero1, torch.float32) == [[]] * 4
 
 
+def test_large_boxes_are_cut_among_the_ranks_that_hold_them(pool4: RankPool, tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+    pool4.run(cases.save_in_small_pieces, path, 1, False)
+    stored = manifest.read(Path(path)).tensors["model/embed.weight"]
+    assert len({box.file for box in stored.boxes}) == 4
+    assert sum(box.box.numel for box in stored.boxes) == 40
+    for tp, zero1 in ((1, False), (2, True), (4, True)):
+        assert pool4.run(cases.load_as, path, tp, zero1, torch.float32) == [[]] * 4
+
+
 def test_full_state_is_the_global_model(pool4: RankPool, tmp_path: Path) -> None:
     path = str(tmp_path / "a")
     pool4.run(cases.save_as, path, 4, True, torch.float32)
