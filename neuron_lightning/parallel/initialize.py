@@ -70,6 +70,11 @@ def mark_drawn(param: Tensor) -> None:
     setattr(param, _UNDRAWN, False)
 
 
+def set_init(param: Tensor, init: Init) -> None:
+    """Says how ``param`` is drawn, in place of what its layer said."""
+    setattr(param, _RECORD, init)
+
+
 def record(module: nn.Module, inits: Mapping[str, Init]) -> None:
     """Records how the parameters of a layer are drawn, and draws them unless that is deferred.
 
@@ -83,7 +88,7 @@ def record(module: nn.Module, inits: Mapping[str, Init]) -> None:
     """
     params = {leaf: module.get_parameter(leaf) for leaf in inits}
     for leaf, param in params.items():
-        setattr(param, _RECORD, inits[leaf])
+        set_init(param, inits[leaf])
         setattr(param, _UNDRAWN, True)
     if _deferred.get() or any(param.is_meta for param in params.values()):
         return
