@@ -50,10 +50,15 @@ class RunReport(Callback):
         """Says from which step to which it trains."""
         self._started, self._first_step = time.monotonic(), trainer.global_step
         resumed = f"resuming after step {trainer.global_step}, " if trainer.global_step else ""
-        _say(
+        message = (
             f"training: {resumed}{trainer.max_steps} optimizer steps in all; a model that knows nothing has loss "
             f"ln(vocabulary) = {math.log(pl_module.model.config.vocab_size):.3f}"
         )
+        bar = trainer.progress_bar_callback
+        if bar is None:
+            _say(message)
+        else:
+            bar.print(message)  # above the bar that is open already
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loss, sample, picture and paths. All ranks together: saving and sampling need them all."""
