@@ -61,8 +61,11 @@ def prepare(target: Path) -> Path:
         raise CheckpointError(
             f"{target} exists and is not a checkpoint: choose another name or remove it; it is left as it is."
         )
-    if not os.path.lexists(target) and is_committed(replaced(target)):
-        os.rename(replaced(target), target)
+    if is_committed(replaced(target)):
+        if os.path.lexists(target):
+            _delete(replaced(target))
+        else:
+            os.rename(replaced(target), target)
     folder = temporary(target)
     _delete(folder)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -381,6 +381,16 @@ def test_a_crash_between_two_renames_loses_nothing(saved: Path) -> None:
     save(saved, Model(6))
     load(saved, other)
     assert same(other, Model(6))
+    assert [f.name for f in saved.parent.iterdir()] == ["a"]
+
+
+def test_a_crash_after_two_renames_leaves_nothing_for_long(saved: Path) -> None:
+    shutil.copytree(saved, commit.replaced(saved))
+    save(saved, Model(6))
+    other = Model(3)
+    load(saved, other)
+    assert same(other, Model(6))
+    assert [f.name for f in saved.parent.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("stage", ["prepare", "write", "manifest", "commit"])
