@@ -204,7 +204,8 @@ def _replace_logging(trainer: Trainer, hooks: Hooks) -> None:
         hooks.on_boundary()
 
     def batch_end() -> None:
-        if trainer.state.stage != RunningStage.TRAINING or is_logged_step(trainer):
+        read = not loop._should_accumulate() and is_logged_step(trainer)
+        if read or trainer.state.stage != RunningStage.TRAINING:
             on_batch_end()
             return
         with _bar_metrics_unread(trainer):

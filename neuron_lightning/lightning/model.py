@@ -59,8 +59,9 @@ def initialize_parallel_model(
         model, model_seed(), device if init.meta_device_init else None, param_init_fn=fill_module
     )
     mark_drawn_alike(model, names)
-    if config.activation_checkpoint_config is not None:
-        apply_activation_checkpointing(model, config.activation_checkpoint_config)
+    recompute: Any = config.activation_checkpoint_config  # "full" or a class; the config has checked it
+    if recompute is not None:
+        apply_activation_checkpointing(model, recompute)
     if not hasattr(model, "module"):
         object.__setattr__(model, "module", model)  # not registered: no new names, no cycle for torch
     built: nn.Module = model

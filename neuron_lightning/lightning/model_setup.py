@@ -17,14 +17,13 @@ from neuron_lightning.lightning.settings import StrategySettings
 from neuron_lightning.lightning.strategy_collectives import gather_objects, is_distributed
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import materialize
-from neuron_lightning.parallel.plan import parallelize
+from neuron_lightning.parallel.plan import APPLIED, parallelize
 from neuron_lightning.parallel.random import model_parallel_manual_seed
 from neuron_lightning.parallel.spec import ShardSpec, get_spec
 
 _log = logging.getLogger(__name__)
 
 _ALIKE = "_neuron_lightning_drawn_alike"
-_PLAN_APPLIED = "_nl_tp_plan_applied"
 
 
 def model_seed() -> int:
@@ -59,13 +58,13 @@ def prepare_module(module: nn.Module, settings: StrategySettings, device: torch.
 def _apply_plan(module: nn.Module, settings: StrategySettings) -> None:
     if settings.tp_plan is None:
         return
-    applied = [name or "the module" for name, part in module.named_modules() if hasattr(part, _PLAN_APPLIED)]
+    applied = [name or "the module" for name, part in module.named_modules() if hasattr(part, APPLIED)]
     if applied:
         rank_zero_info(f"tp_plan of the strategy is not used: {applied[0]} was parallelised before.")
         return
     # Slices must come from one and the same weight.
     _broadcast([p for p in module.parameters() if not p.is_meta], None, 0)
-    parallelize(module, settings.tp_plan)
+    parallelize(module, settings.tp_plan, sequence_parallel=settings.sequence_parallel)
 
 
 def _check_equal_models(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from neuron_lightning import NeuronXLAStrategy, parallel_state
+from neuron_lightning.parallel import ColumnParallelLinear
 
 QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
@@ -154,3 +155,20 @@ def rank_fit(kind: type[LightningModule], strategy: dict[str, Any], **options: A
 
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)) for n in theirs)
+
+
+class Built(Mlp):
+    """Builds a parallel layer where the strategy defers drawing."""
+
+    def configure_model(self) -> None:
+        self.up = ColumnParallelLinear(8, 16, bias=False, gather_output=True)
+
+
+def rank_built(tp: int) -> dict[str, Tensor]:
+    module = new(Built)
+    try:
+        strategy = NeuronXLAStrategy(tensor_parallel_size=tp)
+        fit(module, strategy, replicas=2 // tp, precision="32-true", epochs=0)
+        return trained(module)
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.dist import strategy_cases as cases
 
@@ -28,3 +29,26 @@ def test_manual_optimization_with_bare_backward_equals_lightnings_own(pool2):
     expected = cases.reference(cases.ManualMlp)
     for got in pool2.run(cases.rank_fit, cases.ManualMlp, {"zero1": True}):
         assert cases.worst(got, expected) <= LIMIT
+
+
+def test_a_tensor_parallel_plan_equals_lightnings_own(pool2):
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
+    expected = cases.reference(cases.Mlp, **options)
+    plan = {"up": "column", "down": "row"}
+    strategy = {"tensor_parallel_size": 2, "tp_plan": plan, "zero1": True}
+    ranks = pool2.run(cases.rank_fit, cases.Mlp, strategy, **options)
+    whole = {
+        "up.weight": torch.cat([r["up.weight"] for r in ranks]),
+        "up.bias": torch.cat([r["up.bias"] for r in ranks]),
+        "down.weight": torch.cat([r["down.weight"] for r in ranks], dim=1),
+        **{name: ranks[0][name] for name in ("down.bias", "unused")},
+    }
+    assert cases.worst(whole, expected) <= LIMIT
+
+
+def test_a_module_that_is_built_in_configure_model(pool2):
+    """Parallel layers are drawn by name: the same weights on every layout, and no two ranks differ."""
+    one = pool2.run(cases.rank_built, 1)
+    two = pool2.run(cases.rank_built, 2)
+    assert all(torch.equal(a["up.weight"], one[0]["up.weight"]) for a in one)
+    assert torch.equal(torch.cat([r["up.weight"] for r in two]), one[0]["up.weight"])
