@@ -252,26 +252,21 @@ def test_guide_and_its_blocks_log_the_losses_of_pretrain(
 
 def quickstart(run_dir: Path, *arguments: str) -> str:
     """What ``quickstart.py`` prints."""
-    small = [
-        *("--run-dir", str(run_dir), "--nproc", "2", "--model.llama.num_hidden_layers", "1"),
-        *("--model.llama.hidden_size", "32", "--model.llama.intermediate_size", "64", "--data.seq_len", "32"),
-        *(
-            "--data.max_bytes",
-            str(BYTES),
-            "--data.vocab_size",
-            "512",
-            "--data.data_dir",
-            str(run_dir.parent / "data"),
-        ),
-        *(
-            "--trainer.limit_val_batches",
-            "2",
-            "--trainer.val_check_interval",
-            "4",
-            "--report.sample_tokens",
-            "4",
-        ),
-    ]
+    settings = {
+        "run-dir": run_dir,
+        "nproc": 2,
+        "model.llama.num_hidden_layers": 1,
+        **{f"model.llama.{name}": value for name, value in SHAPE.items()},
+        "data.data_dir": run_dir.parent / "data",
+        "data.max_bytes": BYTES,
+        "data.vocab_size": 512,
+        "data.seq_len": 32,
+        "trainer.val_check_interval": 4,
+        "trainer.limit_val_batches": 2,
+        "trainer.log_every_n_steps": 1,
+        "report.sample_tokens": 4,
+    }
+    small = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py"), *small, *arguments],
         cwd=ROOT,
