@@ -29,15 +29,19 @@ from neuron_lightning.testing import RankPool  # noqa: E402 - found by the line 
 from tests.parity.cells import Cell, grid, pairwise  # noqa: E402
 from tests.parity.training import STEPS, TOLERANCE, Deviations, run_cell  # noqa: E402
 
-SOURCES = ("backends", "checkpoint", "models", "optim", "parallel")
+SOURCES = (
+    *(f"neuron_lightning/{folder}/*.py" for folder in ("backends", "models", "optim", "parallel")),
+    "neuron_lightning/checkpoint/boxes.py",
+    "tests/parity/cells.py",
+    "tests/parity/training.py",
+)
 METRICS = ("loss", "grad_norm", "weight", "copies")
 
 
 def fingerprint() -> str:
     """Digest of the sources that a cell's result depends on."""
     digest = hashlib.sha256()
-    folders = [ROOT / "neuron_lightning" / name for name in SOURCES] + [ROOT / "tests" / "parity"]
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from neuron_lightning.errors import DataError
 from neuron_lightning.lightning import internals
+from neuron_lightning.models.attention_mask import mark_unpadded
 from neuron_lightning.parallel import mesh
 
 _IGNORED_LABEL = -100
@@ -51,12 +52,18 @@ class DataMixin(ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Checks token ids while the batch is on the host, then moves it to the device.
 
+        A mask of ones is marked as such, so that the model need not look at it on the device.
+
         Raises:
             DataError: an id outside the vocabulary, with its position.
         """
         if self._vocab_size is not None:
             check_token_ids(batch, self._vocab_size)
-        return super().batch_to_device(batch, device, dataloader_idx)
+        unpadded = _unpadded_masks(batch)
+        moved = super().batch_to_device(batch, device, dataloader_idx)
+        for key in unpadded:
+            mark_unpadded(moved[key])
+        return moved
 
 
 def vocab_size_of(module: nn.Module) -> int | None:
@@ -67,6 +74,14 @@ def vocab_size_of(module: nn.Module) -> int | None:
             if isinstance(size, int) and not isinstance(size, bool) and size > 0:
                 return size
     return None
+
+
+def _unpadded_masks(batch: Any) -> list[str]:
+    """The attention masks in a batch that is on the host which are all ones."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.is_floating_point():
+        return []
+    return ["attention_mask"] if mask.numpy().all() else []
 
 
 def check_token_ids(batch: Any, vocab_size: int) -> None:

@@ -102,6 +102,21 @@ def test_marked_mask_takes_the_causal_path(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_unpadded(ones.clone())
 
 
+def test_strategy_marks_masks_of_ones_while_they_are_on_the_host() -> None:
+    from neuron_lightning import NeuronXLAStrategy
+
+    strategy = NeuronXLAStrategy()
+    padded = torch.tensor([[1, 1], [1, 0]])
+    for mask, marked in (
+        (torch.ones(2, 2, dtype=torch.long), True),
+        (padded, False),
+        (torch.ones(2, 2), False),
+    ):
+        batch = {"input_ids": ids(2, 2), "attention_mask": mask}
+        moved = strategy.batch_to_device(batch, torch.device("cpu"))
+        assert is_unpadded(moved["attention_mask"]) is marked
+
+
 def test_mask_lets_a_token_see_itself_and_earlier_real_ones() -> None:
     mask = attention_mask_of(torch.tensor([[0, 1, 1]]))[0, 0]
     assert mask.tolist() == [[True, False, False], [False, True, False], [False, True, True]]
