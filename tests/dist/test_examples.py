@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,8 @@ Text between the blocks.
 """A shortened guide of our own, of the same blocks; NEURON_LIGHTNING_GUIDE names the real one where there is one."""
 
 
-def torchrun(ranks: int, script: Path, *arguments: str) -> str:
-    """What the program printed; fails with its output if it did not end well."""
+def torchrun(ranks: int, script: Path, *arguments: str, succeeds: bool = True) -> str:
+    """What the program printed; fails with its output if it did not end as expected."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*command, str(script), *arguments],
@@ -124,7 +125,7 @@ def torchrun(ranks: int, script: Path, *arguments: str) -> str:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert (done.returncode == 0) is succeeds, done.stdout[-6000:]
     return done.stdout
 
 
@@ -290,3 +291,20 @@ def test_quickstart_resumes_and_says_when_it_is_complete(tmp_path: Path) -> None
     again = quickstart(run_dir, "--max-steps", "8")
     assert "resuming after step 4" in again
     assert sorted(dict(logged(run_dir)))[-1] == 8
+
+
+def test_a_binary_data_file_ends_all_ranks_with_file_line_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "picture.txt").write_bytes(b"some text\n\0\1\2")
+    settings = {
+        "config": EXAMPLES / "configs" / "quickstart.yaml",
+        "trainer.logger.init_args.save_dir": tmp_path / "run",
+        "data.data": tmp_path / "picture.txt",
+        "data.data_dir": tmp_path / "data",
+    }
+    flat = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    started = time.monotonic()
+    printed = torchrun(2, EXAMPLES / "pretrain.py", "fit", *flat, succeeds=False)
+    assert time.monotonic() - started < 90
+    assert "picture.txt, line 2: a NUL byte, so this is a binary file" in printed
+    assert printed.count("Traceback (most recent call last)") <= 2  # ours once, and torchrun's own
+    assert [path.name for path in (tmp_path / "data").glob("*")] == [".lock"]
