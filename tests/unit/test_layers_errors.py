@@ -18,10 +18,13 @@ from neuron_lightning.parallel import (
     RowParallelLinear,
     apply_activation_checkpointing,
     clip_grad_norm,
+    deferred_init,
+    materialize,
     parallel_cross_entropy,
     parallelize,
 )
 from neuron_lightning.parallel import mesh as mesh_module
+from neuron_lightning.parallel.initialize import is_undrawn
 from neuron_lightning.parallel.mesh import AXES, Mesh
 
 
@@ -243,3 +246,42 @@ def test_a_state_dict_of_a_parallel_layer_pickles() -> None:
     layer = ColumnParallelLinear(4, 6)
     again = pickle.loads(pickle.dumps(layer.state_dict()))
     assert torch.equal(again["weight"], layer.weight)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "to_empty", "assign", "to"])
+def test_a_replaced_parameter_keeps_its_marks(tp4: None, how: str) -> None:
+    layer = ColumnParallelLinear(4, 8, device="meta" if how in ("to_empty", "assign") else None)
+    spec, record = layer.weight.shard_spec, layer.weight.init_record
+    if how == "deepcopy":
+        original, layer = layer, copy.deepcopy(layer)
+        assert layer.weight is not original.weight
+        assert torch.equal(layer.weight, original.weight)
+    elif how == "to_empty":
+        layer.to_empty(device="cpu")
+        assert is_undrawn(layer.weight)
+    elif how == "assign":
+        layer.load_state_dict({"weight": torch.ones(2, 4), "bias": torch.ones(2)}, assign=True)
+        assert not is_undrawn(layer.weight)
+    else:
+        layer.to(torch.bfloat16)
+        assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.shard_spec == spec
+    assert layer.weight.init_record is record
+    assert layer.weight.partition_dim == 0
+
+
+def test_loaded_weights_are_never_redrawn() -> None:
+    with deferred_init():
+        layer = ColumnParallelLinear(4, 8)
+    layer.load_state_dict({"weight": torch.ones(8, 4)}, strict=False)
+    assert materialize(layer, seed=0) == ["bias"]
+    assert (layer.weight == 1).all()
+
+
+def test_ties_survive_a_deep_copy() -> None:
+    model = nn.ModuleDict({"embed": ParallelEmbedding(8, 4), "head": ColumnParallelLinear(4, 8, bias=False)})
+    model["head"].weight = model["embed"].weight
+    twin = copy.deepcopy(model)
+    assert twin["head"].weight is twin["embed"].weight
+    assert twin["head"].weight is not model["head"].weight
+    assert twin["head"].weight.shard_spec == model["head"].weight.shard_spec
