@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -180,15 +181,13 @@ def _replace_accumulation(trainer: Trainer, hooks: Hooks) -> None:
 
 
 def _replace_logging(trainer: Trainer, hooks: Hooks) -> None:
-    """One record per optimizer step, at ``trainer.global_step``; no metric is read on unlogged steps.
+    """One record per optimizer step, at ``trainer.global_step``.
 
-    Reason: Lightning numbers records by batches (0, 1, 2, … before the step is counted), writes one per
-    micro-batch under manual optimization, and converts progress-bar metrics to Python numbers on every batch,
-    which is a device synchronisation.
+    Reason: Lightning numbers records by batches (0, 1, 2, … before the step is counted) and writes one per
+    micro-batch under manual optimization.
     """
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
-    log_metrics, on_batch_end = connector.log_metrics, connector.on_batch_end
-    update = connector.update_train_step_metrics
+    log_metrics, update = connector.log_metrics, connector.update_train_step_metrics
 
     def log_at_global_step(metrics: Any, step: int | None = None) -> None:
         counted, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step
@@ -203,17 +202,37 @@ def _replace_logging(trainer: Trainer, hooks: Hooks) -> None:
         update()
         hooks.on_boundary()
 
-    def batch_end() -> None:
-        read = not loop._should_accumulate() and is_logged_step(trainer)
-        if read or trainer.state.stage != RunningStage.TRAINING:
-            on_batch_end()
-            return
-        with _bar_metrics_unread(trainer):
-            on_batch_end()
-
     connector.log_metrics = log_at_global_step  # type: ignore[method-assign]
     connector.update_train_step_metrics = update_at_boundary  # type: ignore[method-assign]
-    connector.on_batch_end = batch_end  # type: ignore[method-assign]
+    connector.__class__ = _QuietLoggerConnector
+
+
+class _QuietLoggerConnector(_LoggerConnector):
+    """Reads progress-bar metrics from the device when a bar asks for them, and at the end of an epoch.
+
+    Reason: Lightning converts them to Python numbers on every batch, and again whenever a callback looks at
+    ``callback_metrics``: each is a device synchronisation. They are properties, so the instance changes class.
+    """
+
+    @property
+    def metrics(self) -> Any:
+        """Metrics of the batch (in training without those of the bar) or of the epoch."""
+        if self._first_loop_iter is None or self.trainer.state.stage != RunningStage.TRAINING:
+            return super().metrics
+        with _bar_metrics_unread(self.trainer):
+            return super().metrics
+
+    @property
+    def progress_bar_metrics(self) -> Any:
+        """Python numbers for a bar; reads the device."""
+        if self.trainer._results:
+            self._progress_bar_metrics.update(super().metrics["pbar"])
+        return self._progress_bar_metrics
+
+    def epoch_end_reached(self) -> None:
+        """Keeps what the bar showed of single batches, which the epoch's results do not hold."""
+        _ = self.progress_bar_metrics
+        super().epoch_end_reached()
 
 
 @contextmanager
@@ -247,12 +266,6 @@ def _replace_sampler_rule(trainer: Trainer) -> None:
 def in_window(trainer: Trainer) -> bool:
     """Whether the last batch left gradients that no optimizer step has used yet."""
     return trainer.state.stage == RunningStage.TRAINING and trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def is_logged_step(trainer: Trainer) -> bool:
-    """Whether metrics of the optimizer step that the current batch belongs to go to the loggers."""
-    fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-    return fast or trainer._logger_connector.should_update_logs
 
 
 def count_resumed_steps(trainer: Trainer) -> None:

@@ -239,8 +239,14 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
 
     def on_train_start(self) -> None:
         """Gives a resumed run its random states and step count back."""
+        self._training_ended = False
         internals.count_resumed_steps(self._trainer())
         self._restore_random_states()
+
+    def on_train_end(self) -> None:
+        """Carries out saves that waited for the end of a window which never came."""
+        self._training_ended = True
+        self.run_deferred()
 
     def _on_boundary(self) -> None:
         self.run_deferred()
@@ -255,7 +261,6 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
 
     def teardown(self) -> None:
         """Moves the module to the CPU and lets the next strategy start. The layout stays until then."""
-        self.run_deferred()
         failures.stop_watching()
         if self.lightning_module is not None:
             self.lightning_module.cpu()

@@ -34,6 +34,7 @@ class CheckpointMixin(ParallelStrategy):
     state_dict_type: str
     _deferred: list[Callable[[], None]]
     _restored_from: Path | None = None
+    _training_ended: bool = False
     _rank_state: Mapping[str, Any] | None = None
 
     @property
@@ -61,7 +62,7 @@ class CheckpointMixin(ParallelStrategy):
                 "every rank sees; leave it None."
             )
         trainer = self._trainer()
-        if internals.in_window(trainer):
+        if internals.in_window(trainer) and not self._training_ended:
             weights_only = "optimizer_states" not in checkpoint
             rank_zero_info(f"Saving {filepath} is deferred to the end of the accumulation window.")
             self._deferred.append(lambda: trainer.save_checkpoint(filepath, weights_only))

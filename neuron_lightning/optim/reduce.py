@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,9 +54,9 @@ class Reducer:
         """Which parameters got a gradient on any data-parallel rank (one small collective on the host)."""
         if self.num_replicas == 1:
             return received
-        flags = torch.tensor(received, dtype=torch.uint8)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._mesh.group("dp"))
-        return [bool(flag) for flag in flags.tolist()]
+        flags = numpy.array(received, dtype=numpy.uint8)  # host memory, whatever torch's default device is
+        dist.all_reduce(torch.from_numpy(flags), op=dist.ReduceOp.MAX, group=self._mesh.group("dp"))
+        return flags.astype(bool).tolist()  # type: ignore[no-any-return]
 
     def average_gradients(self) -> None:
         """Averages over data-parallel ranks, each element into the slices that hold it; completes partial sums."""

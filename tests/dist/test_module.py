@@ -128,8 +128,12 @@ def test_what_is_logged(pool2, manual):
 
 def rank_guides_checkpoint(folder):
     config = neuronx_distributed_config(optimizer_config={"zero_one_enabled": True})
-    module = NeuronLTModule(config, torch.optim.AdamW, model_fn=Net, model_args=(16,), opt_kwargs={"lr": 0.01})
-    saving = ModelCheckpoint(save_top_k=2, monitor="global_step", mode="max", every_n_train_steps=2, dirpath=folder)
+    module = NeuronLTModule(
+        config, torch.optim.AdamW, model_fn=Net, model_args=(16,), opt_kwargs={"lr": 0.01}
+    )
+    saving = ModelCheckpoint(
+        save_top_k=2, monitor="global_step", mode="max", every_n_train_steps=2, dirpath=folder
+    )
     trainer = Trainer(
         strategy=NeuronXLAStrategy(nxd_config=config), max_steps=8, logger=False, callbacks=[saving],
         log_every_n_steps=50, **{**cases.QUIET, "enable_checkpointing": True},

@@ -15,7 +15,9 @@ class Typed(cases.Mlp):
     """Notes what it computes in."""
 
     def training_step(self, batch, batch_idx):
-        batch = [b.float() if b.dtype == torch.float64 and self.up.weight.dtype != b.dtype else b for b in batch]
+        batch = [
+            b.float() if b.dtype == torch.float64 and self.up.weight.dtype != b.dtype else b for b in batch
+        ]
         self.hidden = self.up(batch[0].to(self.up.weight.dtype)).dtype
         batch[0], batch[1] = (b.to(self.up.weight.dtype) for b in batch[:2])
         return super().training_step(batch, batch_idx)
@@ -72,7 +74,9 @@ class Overflow(cases.Mlp):
 
 def rank_overflow():
     module = cases.new(Overflow)
-    plugin = NeuronXLAPrecisionPlugin(precision="16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=64.0))
+    plugin = NeuronXLAPrecisionPlugin(
+        precision="16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=64.0)
+    )
     weights = []
 
     class Watch(cases.Records):
@@ -137,7 +141,10 @@ def rank_error(kind, precision):
 
 
 def test_unscaled_backward_under_a_scaler(pool2):
-    assert "call self.manual_backward(loss) instead of loss.backward()" in pool2.run(rank_error, Bare, "16-mixed")[0]
+    assert (
+        "call self.manual_backward(loss) instead of loss.backward()"
+        in pool2.run(rank_error, Bare, "16-mixed")[0]
+    )
 
 
 def test_bare_backward_is_right_in_other_precisions(pool2):

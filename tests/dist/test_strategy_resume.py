@@ -38,11 +38,13 @@ def run(kind, folder, strategy, ckpt_path=None, precision="32-true", **options):
     module, logger = cases.new(kind), cases.Records()
     options = {"max_steps": STEPS, "log_every_n_steps": 1, "callbacks": [], **options}
     trainer = Trainer(
-        strategy=NeuronXLAStrategy(**strategy), logger=logger, precision=precision, max_epochs=-1,
-        **{**cases.QUIET, "enable_checkpointing": bool(options["callbacks"]), **options},
+        strategy=NeuronXLAStrategy(**strategy), logger=logger, precision=precision,
+        **{"max_epochs": -1, **cases.QUIET, "enable_checkpointing": bool(options["callbacks"]), **options},
     )  # fmt: skip
     data = cases.dataset(torch.float32)
-    loader = DataLoader(data, batch_size=4 // (trainer.world_size // trainer.strategy.tensor_parallel_size), shuffle=True)
+    loader = DataLoader(
+        data, batch_size=4 // (trainer.world_size // trainer.strategy.tensor_parallel_size), shuffle=True
+    )
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer, module, logger
 
@@ -101,7 +103,12 @@ def rank_saves_in_window(folder):
     try:
         run(Noisy, folder, {"zero1": True}, callbacks=[asking], max_steps=4, accumulate_grad_batches=2)
         trainer, _, _ = run(
-            Noisy, folder, {"zero1": True}, ckpt_path=f"{folder}/inside", max_steps=4, accumulate_grad_batches=2
+            Noisy,
+            folder,
+            {"zero1": True},
+            ckpt_path=f"{folder}/inside",
+            max_steps=4,
+            accumulate_grad_batches=2,
         )
         return asking.seen, trainer.fit_loop.epoch_loop.batch_progress.total.completed
     finally:
@@ -129,3 +136,24 @@ def test_what_is_no_checkpoint(pool2, tmp_path):
     for name, kind in [("file.ckpt", "a file"), ("none", "not there"), (".", "a folder without a manifest")]:
         for message in pool2.run(rank_loads, f"{tmp_path}/{name}"):
             assert kind in message
+
+
+class Odd(NoisyManual):
+    """Windows of three batches, of which an epoch of eight leaves two over."""
+
+    def __init__(self):
+        super().__init__(accumulate=3)
+
+
+def rank_ends_in_window(folder):
+    saving = ModelCheckpoint(dirpath=folder, filename="end", save_on_train_epoch_end=True)
+    try:
+        trainer, _, _ = run(Odd, folder, {}, callbacks=[saving], max_steps=-1, max_epochs=1)
+        trainer.strategy.barrier()
+        return trainer.global_step, shutil.os.path.isdir(f"{folder}/end.ckpt")
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_a_save_at_the_end_of_training_is_not_lost_in_an_open_window(pool2, tmp_path):
+    assert pool2.run(rank_ends_in_window, str(tmp_path)) == [(2, True)] * 2

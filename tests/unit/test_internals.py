@@ -28,7 +28,9 @@ SIGNATURES = [
     (_SignalConnector._sigterm_notifier_fn, ["self", "signum", "_"]),
     (_LoggerConnector.log_metrics, ["self", "metrics", "step"]),
     (_LoggerConnector.update_train_step_metrics, ["self"]),
-    (_LoggerConnector.on_batch_end, ["self"]),
+    (_LoggerConnector.metrics.fget, ["self"]),
+    (_LoggerConnector.progress_bar_metrics.fget, ["self"]),
+    (_LoggerConnector.epoch_end_reached, ["self"]),
     (_DataConnector._requires_distributed_sampler, ["self", "dataloader"]),
     (_SubprocessScriptLauncher.__init__, ["self", "cluster_environment", "num_processes", "num_nodes"]),
     (Precision._after_closure, ["self", "model", "optimizer"]),
@@ -65,6 +67,8 @@ def test_private_parts_exist_on_a_trainer():
         (trainer, "_signal_connector"),
         (trainer, "_data_connector"),
         (trainer._logger_connector, "should_update_logs"),
+        (trainer._logger_connector, "_first_loop_iter"),
+        (trainer._logger_connector, "_progress_bar_metrics"),
         (trainer._accelerator_connector, "_cluster_environment_flag"),
     ]:
         assert hasattr(owner, name), name
@@ -97,7 +101,9 @@ def test_a_pytorch_lightning_module_is_explained():
     class Foreign(pytorch_lightning.LightningModule):
         """Of the other package."""
 
-    with pytest.raises(ConfigError, match="Foreign derives from pytorch_lightning.*import lightning.pytorch"):
+    with pytest.raises(
+        ConfigError, match=r"Foreign derives from pytorch_lightning.*import lightning\.pytorch"
+    ):
         internals.check_package(Foreign())
     internals.check_package(LightningModule())
 
@@ -106,7 +112,13 @@ def test_no_other_file_touches_privates():
     """A leading underscore after a name that is Lightning's belongs into internals.py."""
     folder = Path(internals.__file__).parent
     allowed = {"internals.py"}
-    words = ("_logger_connector", "_signal_connector", "_data_connector", "_accelerator_connector", "epoch_loop._")
+    words = (
+        "_logger_connector",
+        "_signal_connector",
+        "_data_connector",
+        "_accelerator_connector",
+        "epoch_loop._",
+    )
     offenders = [
         f"{path.name}: {word}"
         for path in folder.glob("*.py")

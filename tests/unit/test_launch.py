@@ -73,9 +73,17 @@ def test_kubeflow_runs_one_process_per_pod():
 
 
 def test_open_mpi_and_lsf():
-    mpi = {f"OMPI_COMM_WORLD_{k}": v for k, v in [("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")]}
+    mpi = {
+        f"OMPI_COMM_WORLD_{k}": v
+        for k, v in [("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")]
+    }
     assert launch.detect(mpi).main_address == "127.0.0.1"
-    lsf = {"LSB_JOBID": "7", "JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_LOCAL_RANK": "1"}
+    lsf = {
+        "LSB_JOBID": "7",
+        "JSM_NAMESPACE_RANK": "1",
+        "JSM_NAMESPACE_SIZE": "2",
+        "JSM_NAMESPACE_LOCAL_RANK": "1",
+    }
     assert launch.detect(lsf).launcher == "LSF"
 
 

@@ -67,7 +67,9 @@ def test_weight_decay_is_the_users():
 
 
 def test_configure_optimizers():
-    lt = module(scheduler_cls=torch.optim.lr_scheduler.StepLR, scheduler_args=(3,), scheduler_kwargs={"gamma": 0.1})
+    lt = module(
+        scheduler_cls=torch.optim.lr_scheduler.StepLR, scheduler_args=(3,), scheduler_kwargs={"gamma": 0.1}
+    )
     lt.setup()
     (optimizer,), (scheduler,) = lt.configure_optimizers()
     assert scheduler["scheduler"].step_size == 3
@@ -77,7 +79,7 @@ def test_configure_optimizers():
 
 @pytest.mark.parametrize("build", [lambda: None, lambda: "model", lambda: (nn.Linear(1, 1),)])
 def test_model_fn_that_returns_no_module(build):
-    with pytest.raises(ConfigError, match="model_fn must return a torch.nn.Module, but .*lambda.* returned"):
+    with pytest.raises(ConfigError, match=r"model_fn must return a torch.nn.Module, but .*lambda.* returned"):
         initialize_parallel_model({}, build)
 
 
@@ -120,7 +122,10 @@ def test_vocabulary_is_found_in_the_model():
 @pytest.mark.parametrize(
     ("batch", "named"),
     [
-        ({"input_ids": torch.tensor([[0, 9], [10, 1]])}, r"batch\['input_ids'\].* id 10 at position \(1, 0\)"),
+        (
+            {"input_ids": torch.tensor([[0, 9], [10, 1]])},
+            r"batch\['input_ids'\].* id 10 at position \(1, 0\)",
+        ),
         ({"labels": torch.tensor([[-100, -1]])}, r"batch\['labels'\].* id -1 at position \(0, 1\)"),
         ({"input_ids": torch.tensor([-100])}, r"id -100"),
     ],
