@@ -35,6 +35,9 @@ from typing import Any
 
 from neuron_lightning.errors import NeuronLightningError
 
+_PRELOAD = ("torch", "torch.distributed", "lightning.pytorch", "torch.optim.adamw", "torch._dynamo")
+"""What the fork server imports once, so that ranks start with it."""
+
 _DONE_GRACE_S = 5.0
 """How long the other ranks may take to report after the first one failed."""
 
@@ -148,7 +151,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(list(_PRELOAD))
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
