@@ -26,6 +26,7 @@ from neuron_lightning.models.attention_mask import attention_mask_of, is_unpadde
 from neuron_lightning.models.llama_config import LlamaConfig
 from neuron_lightning.models.rope import RotaryTable, rotate
 from neuron_lightning.parallel import mesh
+from neuron_lightning.parallel.layer_base import MarkedModule
 from neuron_lightning.parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from neuron_lightning.parallel.loss import parallel_cross_entropy
 from neuron_lightning.parallel.qkv import GQAQKVColumnParallelLinear
@@ -47,7 +48,7 @@ class LlamaOutput(NamedTuple):
     logits: Tensor
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(MarkedModule):
     """Root-mean-square norm (Zhang and Sennrich 2019); statistics in at least float32.
 
     Args:
