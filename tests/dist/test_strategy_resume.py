@@ -39,7 +39,7 @@ def run(kind, folder, strategy, ckpt_path=None, precision="32-true", **options):
     options = {"max_steps": STEPS, "log_every_n_steps": 1, "callbacks": [], **options}
     trainer = Trainer(
         strategy=NeuronXLAStrategy(**strategy), logger=logger, precision=precision,
-        **{"max_epochs": -1, **cases.QUIET, "enable_checkpointing": bool(options["callbacks"]), **options},
+        **{"max_epochs": -1, **cases.QUIET, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options["callbacks"]), **options},
     )  # fmt: skip
     data = cases.dataset(torch.float32)
     loader = DataLoader(

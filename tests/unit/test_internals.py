@@ -105,6 +105,10 @@ def test_a_pytorch_lightning_module_is_explained():
         ConfigError, match=r"Foreign derives from pytorch_lightning.*import lightning\.pytorch"
     ):
         internals.check_package(Foreign())
+    trainer = Trainer(strategy="neuron", accelerator="cpu", logger=False, enable_checkpointing=False)
+    for entry in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        with pytest.raises(ConfigError, match="the two packages define different classes"):
+            entry(Foreign())
     internals.check_package(LightningModule())
 
 
