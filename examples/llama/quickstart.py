@@ -20,7 +20,7 @@ from neuron_lightning.checkpoint.folder import is_checkpoint, read_trainer_state
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
-GLOBAL_BATCH = 16
+GLOBAL_BATCH = 8
 CPU_RANKS = 4
 
 
@@ -62,7 +62,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--fresh", action="store_true", help="forget the earlier run and start over")
     parser.add_argument(
-        "--max-steps", type=int, default=300, help="optimizer steps in all (default %(default)s)"
+        "--max-steps", type=int, default=600, help="optimizer steps in all (default %(default)s)"
     )
     parser.add_argument("--nproc", type=int, help="ranks to start (default: as the machine offers)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="default %(default)s")
