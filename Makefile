@@ -43,21 +43,21 @@ test-parity: $(STAMP) ## every cell of the parity grid; SHARD=2/8 runs a part, r
 	$(BIN)/python tools/parity.py table --results $(RESULTS)
 
 lint: $(STAMP) ## ruff, mypy --strict, bash -n
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict neuron_lightning
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy --strict neuron_lightning
 	@find . -path ./$(VENV) -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print \
 	| while read -r script; do bash -n "$$script" || exit 1; done
 
 format: $(STAMP) ## rewrite the sources as `make lint` wants them
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 bench: $(STAMP) ## tokens/s and MFU of a step against the peers (ARGS="--quick" for a short one)
 	$(BIN)/python tools/bench/step.py $(ARGS)
 
 tensorboard: $(STAMP) ## look at the logs under runs/
-	$(BIN)/tensorboard --logdir runs $(ARGS)
+	$(BIN)/python -m tensorboard.main --logdir runs $(ARGS)
 
 clean: ## remove the environment, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
