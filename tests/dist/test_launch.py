@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from neuron_lightning.testing import free_port
 from tests.dist import strategy_cases as cases
 
 SCRIPT = Path(__file__).with_name("launch_script.py")
 ROOT = SCRIPT.parents[2]
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 
 
 def environment(**extra):
@@ -32,21 +35,35 @@ def start(command, **extra):
 
 
 def finish(processes, code=0):
-    output = ""
-    try:
-        for process in processes:
-            output += process.communicate(timeout=TIMEOUT_S)[0]
-    finally:
-        for process in processes:
+    """Output of all processes, which must end by themselves; what they said is shown if they do not."""
+    deadline, late = time.monotonic() + TIMEOUT_S, []
+    output = []
+    for process in processes:
+        try:
+            output.append(process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            late.append(process.pid)
             process.kill()
+            output.append(process.communicate()[0])
+    text = "".join(f"--- process {n} ---\n{said}" for n, said in enumerate(output))
+    assert not late, f"{len(late)} of {len(processes)} did not end within {TIMEOUT_S} s\n{text}"
     codes = [process.returncode for process in processes]
-    assert all((c == 0) == (code == 0) for c in codes), f"{codes}\n{output}"
-    return output
+    assert all((c == 0) == (code == 0) for c in codes), f"{codes}\n{text}"
+    return text
+
+
+def quiet_port():
+    """A free port outside of the range from which the system gives ports to everybody's connections."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port between 20000 and 30000")
 
 
 def torchrun(*arguments, nproc=2):
     return [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={free_port()}",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={quiet_port()}",
         *arguments,
     ]  # fmt: skip
 
@@ -85,7 +102,7 @@ def test_torchrun(tmp_path):
 
 
 def test_two_torchrun_agents_are_two_nodes(tmp_path):
-    port = free_port()
+    port = quiet_port()
     common = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
         "--master-addr=127.0.0.1", f"--master-port={port}",
@@ -95,7 +112,7 @@ def test_two_torchrun_agents_are_two_nodes(tmp_path):
 
 
 def test_slurm_made_by_hand(tmp_path):
-    port = str(free_port())
+    port = str(quiet_port())
     processes = [
         start(
             [sys.executable, str(SCRIPT), str(tmp_path)],
