@@ -234,7 +234,9 @@ def _serve(pipe: Connection, env: Mapping[str, str], path: list[str], init_proce
     while payload := pipe.recv_bytes():
         pipe.send_bytes(_answer(payload))
     if dist.is_initialized():
-        dist.destroy_process_group()
+        from neuron_lightning.backends import get_backend
+
+        get_backend().destroy_process_group()
 
 
 def _answer(payload: bytes) -> bytes:

@@ -71,6 +71,10 @@ class Backend(ABC):
         """Creates the default process group from the ``MASTER_*`` environment. Every rank calls it together."""
 
     @abstractmethod
+    def destroy_process_group(self) -> None:
+        """Destroys every process group, in such a way that the process may exit right after."""
+
+    @abstractmethod
     def all_reduce(
         self,
         tensor: Tensor,

@@ -61,13 +61,12 @@ def init_process_group(strategy: ParallelStrategy, timeout: timedelta) -> None:
         str(environment.main_port),
     )
     get_backend().init_process_group(rank=strategy.global_rank, world_size=world, timeout=timeout)
-    # gloo's threads abort the interpreter ("terminate called …") if they outlive it.
-    atexit.register(_destroy_process_group)
+    atexit.register(_destroy_process_group)  # gloo's threads must not outlive the interpreter
 
 
 def _destroy_process_group() -> None:
     if is_distributed():
-        dist.destroy_process_group()
+        get_backend().destroy_process_group()
 
 
 def build_mesh(*, tp: int, sequence_parallel: bool) -> None:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from workload import SEED, WORKLOADS, Workload, matmul_flops
 
+from neuron_lightning.backends import get_backend
+
 
 def main() -> None:
     """Does what the arguments say."""
@@ -41,7 +43,7 @@ def main() -> None:
         options.output.write_text(json.dumps(result), encoding="utf-8")
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        get_backend().destroy_process_group()
 
 
 def prepare(workload: Workload, folder: Path) -> None:
