@@ -238,10 +238,15 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
     # -- while it runs ---------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Gives a resumed run its random states and step count back."""
-        self._training_ended = False
-        internals.count_resumed_steps(self._trainer())
+        """Gives a resumed run its random states back."""
+        self._training_ended, self._steps_counted = False, False
         self._restore_random_states()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gives a resumed run its step count back, once Lightning's epoch loop has restarted its own."""
+        if not self._steps_counted:
+            internals.count_resumed_steps(self._trainer())
+            self._steps_counted = True
 
     def on_train_end(self) -> None:
         """Carries out saves that waited for the end of a window which never came."""
