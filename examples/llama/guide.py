@@ -11,6 +11,7 @@ less ceremony; with equal settings both log equal losses.
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import torch
@@ -213,6 +214,8 @@ def build_trainer(flags: argparse.Namespace, nxd_config: NeuronConfig) -> Traine
 
 def main() -> None:
     """Data, config, model, Trainer, fit."""
+    # A checkpoint here holds the state after the optimizer step, which is what resuming needs.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     flags = parse()
     seed_everything(flags.seed)
     prepared = prepare_pretraining_data(

@@ -95,6 +95,8 @@ def main(args: Any = None) -> LlamaCLI:
     """Runs the command line."""
     # Lightning's use of a torch function that torch renamed; nothing that anybody here could do about it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # A checkpoint here holds the state after the optimizer step, which is what resuming needs.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     return LlamaCLI(
         LlamaPretrainModule,
         PretrainingDataModule,
