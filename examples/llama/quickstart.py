@@ -15,6 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 from neuron_lightning.backends import select_backend
 from neuron_lightning.checkpoint.folder import is_checkpoint, read_trainer_state
 
@@ -85,20 +89,13 @@ def torchrun_command(
         "--ckpt_path": None if resume is None else str(resume),
     }
     chosen = [part for name, value in settings.items() if value is not None for part in (name, value)]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(plan.num_ranks),
-    ]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(plan.num_ranks)]
     script = [str(HERE / "pretrain.py"), "fit", "--config", str(HERE / "configs" / "quickstart.yaml")]
     return [*launcher, *script, *chosen, *rest]
 
 
 def main() -> None:
-    """Decides, says what it decided, and becomes torchrun."""
+    """Decides, says what it decided, and runs torchrun."""
     options, rest = parse()
     if options.fresh and options.run_dir.exists():
         shutil.rmtree(options.run_dir)
@@ -121,12 +118,14 @@ def main() -> None:
         + f"\n{shlex.join(command)}",
         flush=True,
     )
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")])
-    )
-    os.execve(command[0], command, environment)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    try:
+        torchrun.main(command[1:])
+    except SignalException:
+        sys.exit(130)
+    except ChildFailedError:  # the rank that failed first has shown its traceback
+        sys.exit(1)
 
 
 if __name__ == "__main__":

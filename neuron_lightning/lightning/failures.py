@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from neuron_lightning.checkpoint.folder import is_checkpoint, read_trainer_state
 from neuron_lightning.errors import NeuronLightningError
 
 _log = logging.getLogger(__name__)
@@ -99,13 +100,13 @@ def how_to_go_on(trainer: Trainer) -> str:
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
-    """Path of the newest checkpoint that this run's callbacks know of."""
-    paths: list[str] = []
+    """Path of the furthest checkpoint that this run wrote, resumed from, or whose callbacks know of."""
+    paths = [str(path) for path in (getattr(trainer.strategy, "last_saved", None), trainer.ckpt_path) if path]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             paths += [callback.last_model_path, *callback.best_k_models, callback.best_model_path]
-    present = [path for path in paths if path and os.path.exists(path)]
-    return max(present, key=os.path.getmtime, default=None)
+    present = [path for path in dict.fromkeys(paths) if path and is_checkpoint(path)]
+    return max(present, key=lambda path: int(read_trainer_state(path)["global_step"]), default=None)
 
 
 def _excepthook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

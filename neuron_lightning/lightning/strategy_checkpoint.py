@@ -33,6 +33,8 @@ class CheckpointMixin(ParallelStrategy):
 
     state_dict_type: str
     _deferred: list[Callable[[], None]]
+    last_saved: str | None = None
+    """Path of the last checkpoint that this strategy wrote."""
     _restored_from: Path | None = None
     _training_ended: bool = False
     _rank_state: Mapping[str, Any] | None = None
@@ -157,6 +159,7 @@ class CheckpointMixin(ParallelStrategy):
                 state_dict_type=self.state_dict_type,
                 progress=progress,
             )
+        self.last_saved = str(filepath)
 
     def _stateful(self) -> list[Any]:
         return [optimizer for optimizer in self.optimizers if hasattr(optimizer, "export_state")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from neuron_lightning import NeuronXLAStrategy, parallel_state
 from neuron_lightning.errors import CheckpointError
+from neuron_lightning.lightning import failures
 from tests.dist import strategy_cases as cases
 
 STEPS = 12  # of 8 batches an epoch: the end of the first run lies in its second half
@@ -54,6 +56,8 @@ def rank_resumes(folder, kind, strategy, options):
     try:
         whole, module, logger = run(kind, folder, strategy, callbacks=[saving], **options)
         saved = f"{folder}/step={SAVED}.ckpt"
+        os.utime(saved)  # the older one is the newest by its time
+        assert failures.last_checkpoint(whole) == f"{folder}/step={2 * SAVED}.ckpt"
         resumed, again, later = run(kind, folder, strategy, ckpt_path=saved, **options)
         assert resumed.global_step == whole.global_step == STEPS
         for name, expected in cases.trained(module).items():
