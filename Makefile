@@ -11,10 +11,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 ARGS ?=
 SHARD ?= 1/1
-RESULTS ?= .parity/results.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-fresh test test-slow test-parity lint format bench tensorboard clean
+.PHONY: help setup quickstart quickstart-fresh test test-slow test-parity test-faults lint format bench tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +37,15 @@ test: $(STAMP) ## all tests but the slow ones
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
+test-parity: RESULTS ?= .parity/results.jsonl
 test-parity: $(STAMP) ## every cell of the parity grid; SHARD=2/8 runs a part, run again it resumes
 	$(BIN)/python tools/parity.py grid --shard $(SHARD) --results $(RESULTS) $(ARGS)
 	$(BIN)/python tools/parity.py table --results $(RESULTS)
+
+test-faults: RESULTS ?= .faults/results.jsonl
+test-faults: $(STAMP) ## every case of the fault matrix; SHARD=2/8 runs a part, run again it resumes; ARGS="--rows 1 3"
+	$(BIN)/python tools/faults.py run --shard $(SHARD) --results $(RESULTS) $(ARGS)
+	$(BIN)/python tools/faults.py table --results $(RESULTS)
 
 lint: $(STAMP) ## ruff, mypy --strict, bash -n
 	$(BIN)/python -m ruff check .

@@ -1,0 +1,1 @@
+"""Fault tests that really kill, fill disks and flip bits; one module a row of the fault matrix."""
