@@ -37,6 +37,10 @@ class Backend(ABC):
     # -- devices ---------------------------------------------------------------------------------------
 
     @abstractmethod
+    def adopt_process(self) -> None:
+        """What has to be set once in a process that uses this backend; called when it becomes the current one."""
+
+    @abstractmethod
     def is_available(self) -> bool:
         """Whether this machine has such a device that works."""
 

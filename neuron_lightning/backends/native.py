@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neuron_lightning.backends.base import Backend
+from neuron_lightning.backends.host_memory import keep_freed_memory
 
 # Renamed in torch 2.13; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -92,6 +93,10 @@ class NativeBackend(Backend):
     @property
     def _is_host(self) -> bool:
         return self.device_type == "cpu"
+
+    def adopt_process(self) -> None:
+        if self._is_host:
+            keep_freed_memory()
 
     def is_available(self) -> bool:
         module = self._module

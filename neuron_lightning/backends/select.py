@@ -54,6 +54,7 @@ def use_backend(backend: Backend, reason: str) -> None:
     if _Holder.backend is None or _Holder.backend.name != backend.name:
         _log.info("backend %s (%s)", backend.name, reason)
         _Holder.backend, _Holder.reason = backend, reason
+        backend.adopt_process()
 
 
 def get_backend() -> Backend:
