@@ -9,17 +9,22 @@ from neuron_lightning.checkpoint.folder import (
     read_rank_state,
     read_trainer_state,
     remove_checkpoint,
+    verify_checkpoint,
     write_checkpoint,
 )
+from neuron_lightning.checkpoint.listing import CheckpointInfo, list_checkpoints
 
 __all__ = [
+    "CheckpointInfo",
     "check_trainer_state",
     "is_checkpoint",
+    "list_checkpoints",
     "load_module_state",
     "load_optimizer_state",
     "read_full_state",
     "read_rank_state",
     "read_trainer_state",
     "remove_checkpoint",
+    "verify_checkpoint",
     "write_checkpoint",
 ]

@@ -12,11 +12,13 @@ import os
 import shutil
 from pathlib import Path
 
+from neuron_lightning.checkpoint import points
 from neuron_lightning.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TEMPORARY = (".tmp", ".old", ".removed")
 
 
 def temporary(target: Path) -> Path:
@@ -50,6 +52,23 @@ def locate(path: Path) -> Path:
     raise CheckpointError(f"{path} is not a checkpoint of this package: it is {kind}.")
 
 
+def committed_in(parent: Path) -> list[Path]:
+    """Names of the committed checkpoints directly in a folder, links left out.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        entries = [entry for entry in parent.iterdir() if entry.is_dir() and not entry.is_symlink()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"the folder {parent} cannot be read: {error.strerror}.") from error
+    names = {path for path in entries if path.suffix not in _TEMPORARY}
+    names |= {path.with_suffix("") for path in entries if path.suffix == ".old"}
+    return sorted(path for path in names if is_committed(path) or is_committed(replaced(path)))
+
+
 def prepare(target: Path) -> Path:
     """Makes the empty temporary folder; what an interrupted save left there is removed.
 
@@ -70,6 +89,7 @@ def prepare(target: Path) -> Path:
     _delete(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir()
+    points.reach("prepared")
     return folder
 
 
@@ -79,20 +99,24 @@ def publish(target: Path) -> None:
     sync_folder(folder)
     if target.is_symlink():
         target.unlink()
+    points.reach("before_rename")
     if not target.exists() or _is_empty_folder(target):
         os.rename(folder, target)
-        sync_folder(target.parent)
-        return
-    if _exchange(folder, target):
-        sync_folder(target.parent)
-        _delete(folder)
-        return
-    old = replaced(target)
-    _delete(old)
-    os.rename(target, old)
-    os.rename(folder, target)
+        leftover = None
+    elif _exchange(folder, target):
+        leftover = folder
+    else:
+        leftover = replaced(target)
+        _delete(leftover)
+        os.rename(target, leftover)
+        points.reach("renamed_aside")
+        os.rename(folder, target)
+    points.reach("after_rename")
     sync_folder(target.parent)
-    _delete(old)
+    points.reach("parent_synced")
+    if leftover is not None:
+        _delete(leftover)
+        points.reach("old_removed")
 
 
 def discard(target: Path) -> None:
@@ -116,6 +140,7 @@ def remove(target: Path) -> None:
     grave = target.with_name(target.name + ".removed")
     _delete(grave)
     os.rename(target, grave)
+    points.reach("remove_renamed")
     sync_folder(target.parent)
     _delete(grave)
 

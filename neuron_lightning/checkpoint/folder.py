@@ -24,7 +24,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from neuron_lightning.checkpoint import commit, exchange, reader, restore, state, typed_json, writer
+from neuron_lightning.checkpoint import commit, reader, restore, state, typed_json, writer
+from neuron_lightning.checkpoint.exchange import Ranks
+from neuron_lightning.checkpoint.manifest import KINDS
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.parallel.mesh import current as current_mesh
 
@@ -43,6 +45,7 @@ def write_checkpoint(
     rank_state: Mapping[str, Any] | None = None,
     state_dict_type: str = "deduped",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes one checkpoint folder and commits it. Collective.
 
@@ -58,6 +61,7 @@ def write_checkpoint(
         state_dict_type: ``"deduped"`` (each element is written once, shared out evenly over the ranks that hold
             it) or ``"sharded"`` (every rank writes all that it holds).
         progress: called on every rank while it works.
+        ranks: who saves together; the default process group where it is None.
 
     Raises:
         CheckpointError: on all ranks, with the first cause; nothing is left behind, and a checkpoint that was at
@@ -84,7 +88,7 @@ def write_checkpoint(
         mesh=mesh.sizes,
         state_dict_type=state_dict_type,
     )
-    writer.write(request, progress or _silent)
+    writer.write(request, ranks or Ranks(), progress or _silent)
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:
@@ -130,9 +134,10 @@ def load_module_state(
         CheckpointError: damaged, or of another model: the first differing names and shapes are listed.
     """
     report = progress or _silent
-    checkpoint = _open(path)
+    ranks = Ranks()
+    checkpoint = _open(path, ranks)
     if verify:
-        reader.verify(checkpoint, ("model",), report)
+        reader.verify(checkpoint, ("model",), ranks, report)
     tp_size = current_mesh().sizes["tp"]
     what = f"load the weights of {path}"
 
@@ -140,8 +145,8 @@ def load_module_state(
         return restore.plan_module(checkpoint, targets, parameters, tp_size, strict)
 
     plans: list[restore.ModulePlan] = []
-    exchange.together(what, lambda: plans.append(load()))
-    exchange.together(what, lambda: restore.copy_module(checkpoint, plans[0], report))
+    ranks.together(what, lambda: plans.append(load()))
+    ranks.together(what, lambda: restore.copy_module(checkpoint, plans[0], report))
     return plans[0].missing, plans[0].unexpected
 
 
@@ -161,11 +166,12 @@ def load_optimizer_state(
         CheckpointError: damaged, without optimizer state, or of other optimizers.
     """
     report = progress or _silent
-    checkpoint = _open(path)
+    ranks = Ranks()
+    checkpoint = _open(path, ranks)
     if verify:
-        reader.verify(checkpoint, ("optimizer", "trainer"), report)
+        reader.verify(checkpoint, ("optimizer", "trainer"), ranks, report)
     tp_size = current_mesh().sizes["tp"]
-    exchange.together(
+    ranks.together(
         f"load the optimizer state of {path}",
         lambda: restore.load_optimizers(checkpoint, optimizers, parameters, tp_size, report),
     )
@@ -196,6 +202,16 @@ def read_full_state(path: str | Path, *, verify: bool = True) -> dict[str, Tenso
     return {name.removeprefix("model/"): tensor for name, tensor in full.items()}
 
 
+def verify_checkpoint(path: str | Path, progress: Progress | None = None, ranks: Ranks | None = None) -> None:
+    """Checks every file of a checkpoint against its hash, each file by one rank. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, naming the first file that is damaged, missing, a link or not listed.
+    """
+    ranks = ranks or Ranks()
+    reader.verify(_open(path, ranks), KINDS, ranks, progress or _silent)
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a committed checkpoint folder of ours (its contents are not verified)."""
     return commit.is_committed(Path(path)) or commit.is_committed(commit.replaced(Path(path)))
@@ -206,10 +222,10 @@ def remove_checkpoint(path: str | Path) -> None:
     commit.remove(Path(path))
 
 
-def _open(path: str | Path) -> Checkpoint:
+def _open(path: str | Path, ranks: Ranks) -> Checkpoint:
     """Opens a checkpoint on every rank, or on none. Collective."""
     opened: list[Checkpoint] = []
-    exchange.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(Path(path))))
+    ranks.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(Path(path))))
     return opened[0]
 
 

@@ -40,6 +40,7 @@ KINDS = ("model", "optimizer", "trainer", "rank")
 _FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _MAX_BYTES = 1 << 30
 _MAX_NUMEL = 1 << 50
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -147,36 +148,59 @@ def parse(raw: bytes, where: str) -> Manifest:
         CheckpointError: not in canonical form, a wrong digest, an unknown version, or contents that cannot be right.
     """
     try:
-        document = json.loads(raw)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CheckpointError(f"{where} is not a manifest of this package (format {FORMAT!r}).")
-        if document.get("version") != VERSION:
-            raise CheckpointError(
-                f"{where} has format version {document.get('version')!r}; this release reads version {VERSION}: "
-                "use a release that matches the checkpoint."
-            )
-        body = {key: value for key, value in document.items() if key != "digest"}
-        if _seal(body) != raw:
-            raise CheckpointError(
-                f"{where} does not match its own digest: it is damaged or was edited; use another checkpoint."
-            )
-        return _parse_body(body, where)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return _parse_body(_unseal(raw, where), where)
+    except _DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _unseal(raw: bytes, where: str) -> dict[str, Any]:
+    """The body of a manifest that matches its own digest."""
+    document = json.loads(raw)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is not a manifest of this package (format {FORMAT!r}).")
+    if document.get("version") != VERSION:
         raise CheckpointError(
-            f"{where} is damaged ({type(error).__name__}: {str(error)[:200]}); use another checkpoint."
-        ) from error
+            f"{where} has format version {document.get('version')!r}; this release reads version {VERSION}: "
+            "use a release that matches the checkpoint."
+        )
+    body = {key: value for key, value in document.items() if key != "digest"}
+    if _seal(body) != raw:
+        raise CheckpointError(
+            f"{where} does not match its own digest: it is damaged or was edited; use another checkpoint."
+        )
+    return body
+
+
+def _damaged(where: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is damaged ({type(error).__name__}: {str(error)[:200]}); use another checkpoint."
+    )
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of a committed folder. Raises :class:`CheckpointError`."""
     path = folder / MANIFEST
+    return parse(_read_bytes(path), str(path))
+
+
+def read_position(folder: Path) -> tuple[int | None, int | None]:
+    """(step, epoch) of a committed folder whose manifest matches its digest. Raises :class:`CheckpointError`."""
+    path = folder / MANIFEST
+    raw = _read_bytes(path)
+    try:
+        body = _unseal(raw, str(path))
+        return _optional_int(body["step"]), _optional_int(body["epoch"])
+    except _DAMAGE as error:
+        raise _damaged(str(path), error) from error
+
+
+def _read_bytes(path: Path) -> bytes:
     if (size := tensor_file.require_regular(path)) > _MAX_BYTES:
         raise CheckpointError(f"{path} has {size} bytes; no manifest is larger than {_MAX_BYTES}.")
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return parse(raw, str(path))
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_lightning.checkpoint import boxes, commit, exchange, manifest, tensor_file, typed_json
+from neuron_lightning.checkpoint import boxes, commit, manifest, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box
+from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import TensorRecord
 from neuron_lightning.checkpoint.tensor_file import TensorReader
 from neuron_lightning.errors import CheckpointError
@@ -107,15 +108,14 @@ class Checkpoint:
         return self._open[name]
 
 
-def verify(checkpoint: Checkpoint, kinds: Iterable[str], progress: Progress) -> None:
+def verify(checkpoint: Checkpoint, kinds: Iterable[str], ranks: Ranks, progress: Progress) -> None:
     """Checks the folder's listing and the hashes of the files of some kinds, each file by one rank. Collective.
 
     Raises:
         CheckpointError: on all ranks, naming the first damaged file.
     """
-    rank, size = exchange.world()
     names = sorted(checkpoint.files(tuple(kinds)), key=lambda n: (-checkpoint.manifest.files[n].size, n))
-    mine = names[rank::size]
+    mine = names[ranks.rank :: ranks.size]
     total = sum(checkpoint.manifest.files[name].size for name in mine)
     done = 0
 
@@ -125,12 +125,12 @@ def verify(checkpoint: Checkpoint, kinds: Iterable[str], progress: Progress) -> 
         progress("verify", done, total)
 
     def work() -> None:
-        if rank == 0:
+        if ranks.rank == 0:
             checkpoint.check_listing()
         for name in mine:
             checkpoint.check_hash(name, count)
 
-    exchange.together(f"verify the checkpoint {checkpoint.folder}", work)
+    ranks.together(f"verify the checkpoint {checkpoint.folder}", work)
 
 
 def _damaged(path: Path) -> CheckpointError:

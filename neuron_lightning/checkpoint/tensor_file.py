@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from neuron_lightning.checkpoint import points
 from neuron_lightning.checkpoint.boxes import Box
 from neuron_lightning.errors import CheckpointError
 
@@ -132,6 +133,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with HashedFile(path, on_bytes) as file:
+        points.reach("share_opened")
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in ordered:
             file.write(host_bytes(tensor))

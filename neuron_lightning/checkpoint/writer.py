@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_lightning.checkpoint import boxes, commit, exchange, manifest, tensor_file, typed_json
+from neuron_lightning.checkpoint import boxes, commit, manifest, points, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box, Holding
+from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import FileRecord, Manifest, StoredBox, TensorRecord
 from neuron_lightning.checkpoint.state import LocalState, Source
 from neuron_lightning.errors import CheckpointError
@@ -70,30 +71,30 @@ def file_name(rank: int, kind: str, ending: str) -> str:
     return f"rank-{rank:05d}.{kind}.{ending}"
 
 
-def write(request: Request, progress: Progress) -> None:
+def write(request: Request, ranks: Ranks, progress: Progress) -> None:
     """Writes and commits a checkpoint. Collective. Raises :class:`CheckpointError` on all ranks."""
-    rank, _ = exchange.world()
     target, what = request.target, f"save the checkpoint {request.target}"
     progress("prepare", 0, 0)
-    _agree(request)
-    exchange.together(what, lambda: commit.prepare(target) if rank == 0 else None)
+    _agree(request, ranks)
+    ranks.together(what, lambda: commit.prepare(target) if ranks.rank == 0 else None)
     try:
-        local, held = _describe(request, what)
-        shares = exchange.together(what, lambda: _write_share(request, local, held, progress))
+        local, held = _describe(request, ranks, what)
+        shares = ranks.together(what, lambda: _write_share(request, local, held, ranks, progress))
+        points.reach("gathered")
         progress("manifest", 0, 0)
-        exchange.together(what, lambda: _finish(request, shares, progress) if rank == 0 else None)
+        ranks.together(what, lambda: _finish(request, shares, progress) if ranks.rank == 0 else None)
     except CheckpointError:
-        if rank == 0:
+        if ranks.rank == 0:
             commit.discard(target)
         raise
 
 
-def _agree(request: Request) -> None:
+def _agree(request: Request, ranks: Ranks) -> None:
     if request.state_dict_type not in STATE_DICT_TYPES:
         raise CheckpointError(
             f"state_dict_type must be one of {', '.join(STATE_DICT_TYPES)}, not {request.state_dict_type!r}."
         )
-    plans = exchange.gather((str(request.target), request.step, request.state_dict_type))
+    plans = ranks.gather((str(request.target), request.step, request.state_dict_type))
     for rank, plan in enumerate(plans):
         if plan != plans[0]:
             raise CheckpointError(
@@ -102,7 +103,7 @@ def _agree(request: Request) -> None:
             )
 
 
-def _describe(request: Request, what: str) -> tuple[LocalState, list[list[Holding]]]:
+def _describe(request: Request, ranks: Ranks, what: str) -> tuple[LocalState, list[list[Holding]]]:
     """This rank's state, and by rank what each holds (only its own where nothing is deduplicated)."""
     kept: list[LocalState] = []
 
@@ -110,14 +111,18 @@ def _describe(request: Request, what: str) -> tuple[LocalState, list[list[Holdin
         kept.append(request.describe())
         return [source.holding for source in kept[0].sources] if request.state_dict_type == "deduped" else []
 
-    held = exchange.together(what, work)
+    held = ranks.together(what, work)
     return kept[0], held
 
 
 def _write_share(
-    request: Request, local: LocalState, held: Sequence[Sequence[Holding]], progress: Progress
+    request: Request,
+    local: LocalState,
+    held: Sequence[Sequence[Holding]],
+    ranks: Ranks,
+    progress: Progress,
 ) -> _Share:
-    rank, _ = exchange.world()
+    rank = ranks.rank
     if not (folder := commit.temporary(request.target)).is_dir():
         raise CheckpointError(
             f"{folder}, which rank 0 made, is not there: a checkpoint needs a file system that all ranks share."
@@ -149,7 +154,9 @@ def _write_share(
     if request.rank is not None:
         state_file = file_name(rank, "state", "json")
         _write_document(share, folder, request.rank, "rank", f"rank.{rank}", state_file)
+    points.reach("share_written")
     commit.sync_folder(folder)
+    points.reach("share_synced")
     return share
 
 
@@ -206,6 +213,7 @@ def _finish(request: Request, shares: Sequence[_Share], progress: Progress) -> N
         if (size := tensor_file.require_regular(folder / name)) != record.size:
             raise CheckpointError(f"{folder / name} has {size} bytes, but {record.size} were written to it.")
     tensor_file.write_bytes(folder / commit.MANIFEST, manifest.serialise(complete))
+    points.reach("manifest_written")
     progress("commit", 0, 0)
     commit.publish(request.target)
 
