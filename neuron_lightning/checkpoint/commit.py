@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from neuron_lightning.checkpoint import points
@@ -143,6 +144,23 @@ def remove(target: Path) -> None:
     points.reach("remove_renamed")
     sync_folder(target.parent)
     _delete(grave)
+
+
+def require_regular(path: Path) -> int:
+    """The size of a file that must be a regular one.
+
+    Raises:
+        CheckpointError: missing, a link, or something else than a file.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): the checkpoint is incomplete."
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file: links and devices in a checkpoint are refused.")
+    return status.st_size
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,16 +17,17 @@ optimizer lists every piece that it owns too, with no tensors (or only ``"master
 
 from __future__ import annotations
 
-import os
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from neuron_lightning.checkpoint import commit, reader, restore, state, typed_json, writer
+from neuron_lightning.checkpoint import commit, reader, restore, state, storage, typed_json, writer
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import KINDS
+from neuron_lightning.checkpoint.plan import TRAINER_FILE, Planner, Request, file_name
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.parallel.mesh import current as current_mesh
 
@@ -67,6 +68,31 @@ def write_checkpoint(
         CheckpointError: on all ranks, with the first cause; nothing is left behind, and a checkpoint that was at
             ``path`` before is untouched.
     """
+    request = request_for(
+        path,
+        module_state=module_state,
+        parameters=parameters,
+        optimizers=optimizers,
+        trainer_state=trainer_state,
+        rank_state=rank_state,
+        state_dict_type=state_dict_type,
+    )
+    place, ranks = storage.place(path), ranks or Ranks()
+    share = Planner().plan(request, ranks, f"save the checkpoint {place.name}")
+    writer.write(request, share, writer.live_data(share), place, ranks, progress or _silent)
+
+
+def request_for(
+    path: str | Path,
+    *,
+    module_state: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[Any] = (),
+    trainer_state: Mapping[str, Any],
+    rank_state: Mapping[str, Any] | None = None,
+    state_dict_type: str = "deduped",
+) -> Request:
+    """What is to be written, for arguments as :func:`write_checkpoint` takes them; looks at nothing yet."""
     mesh = current_mesh()
 
     def describe() -> state.LocalState:
@@ -76,19 +102,21 @@ def write_checkpoint(
             state.add_optimizer(local, index, optimizer, parameters, mesh.sizes["tp"])
         return local
 
-    groups = [state.group_options(optimizer, parameters) for optimizer in optimizers]
-    request = writer.Request(
-        target=Path(os.path.abspath(path)),
+    def trainer() -> dict[str, Any]:
+        groups = [state.group_options(optimizer, parameters) for optimizer in optimizers]
+        return {"trainer": dict(trainer_state), "optimizers": groups}
+
+    return Request(
+        target=storage.place(path).name,
         describe=describe,
-        trainer={"trainer": dict(trainer_state), "optimizers": groups},
+        trainer=trainer,
         rank=rank_state,
         step=trainer_state.get("global_step"),
         epoch=trainer_state.get("epoch"),
-        data=trainer_state.get("data_position"),
-        mesh=mesh.sizes,
+        data=copy.deepcopy(trainer_state.get("data_position")),
+        mesh=dict(mesh.sizes),
         state_dict_type=state_dict_type,
     )
-    writer.write(request, ranks or Ranks(), progress or _silent)
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:
@@ -97,14 +125,14 @@ def read_trainer_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, or damaged (the file is named).
     """
-    trainer: dict[str, Any] = Checkpoint(Path(path)).read_document(writer.TRAINER_FILE)["trainer"]
+    trainer: dict[str, Any] = Checkpoint(Path(path)).read_document(TRAINER_FILE)["trainer"]
     return trainer
 
 
 def read_rank_state(path: str | Path, rank: int) -> dict[str, Any] | None:
     """What ``rank`` gave as ``rank_state``; None if it gave none or did not exist. Not collective."""
     checkpoint = Checkpoint(Path(path))
-    name = writer.file_name(rank, "state", "json")
+    name = file_name(rank, "state", "json")
     return checkpoint.read_document(name) if name in checkpoint.manifest.files else None
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from neuron_lightning.checkpoint import tensor_file, typed_json
+from neuron_lightning.checkpoint import commit, output, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box, cover, intersect, whole
 from neuron_lightning.checkpoint.commit import MANIFEST
 from neuron_lightning.errors import CheckpointError
@@ -195,7 +195,7 @@ def read_position(folder: Path) -> tuple[int | None, int | None]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if (size := tensor_file.require_regular(path)) > _MAX_BYTES:
+    if (size := commit.require_regular(path)) > _MAX_BYTES:
         raise CheckpointError(f"{path} has {size} bytes; no manifest is larger than {_MAX_BYTES}.")
     try:
         return path.read_bytes()
@@ -205,8 +205,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def _seal(body: Mapping[str, Any]) -> bytes:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.new(tensor_file.ALGORITHM, text.encode()).hexdigest()
-    tail = json.dumps({"algorithm": tensor_file.ALGORITHM, "hash": digest}, separators=(",", ":"))
+    digest = hashlib.new(output.ALGORITHM, text.encode()).hexdigest()
+    tail = json.dumps({"algorithm": output.ALGORITHM, "hash": digest}, separators=(",", ":"))
     return f'{text[:-1]},"digest":{tail}}}\n'.encode()
 
 

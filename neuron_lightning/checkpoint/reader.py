@@ -43,7 +43,7 @@ class Checkpoint:
     def check_listing(self) -> None:
         """Checks that the folder holds the files that the manifest lists, with their sizes, and no others."""
         for name, record in self.manifest.files.items():
-            if (size := tensor_file.require_regular(self.folder / name)) != record.size:
+            if (size := commit.require_regular(self.folder / name)) != record.size:
                 raise CheckpointError(
                     f"{self.folder / name} has {size} bytes, the manifest says {record.size}: the checkpoint is damaged; "
                     "use another one."
@@ -58,7 +58,7 @@ class Checkpoint:
     def check_hash(self, name: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Checks one file against its hash. Raises :class:`CheckpointError`, naming it."""
         record, path = self.manifest.files[name], self.folder / name
-        tensor_file.require_regular(path)
+        commit.require_regular(path)
         if tensor_file.hash_file(path, record.algorithm, on_bytes) != record.hash:
             raise _damaged(path)
 
@@ -90,7 +90,7 @@ class Checkpoint:
     def read_document(self, name: str) -> Any:
         """The value stored as typed JSON in a file; the tensors that it refers to are verified too."""
         record, path = self.manifest.files[name], self.folder / name
-        tensor_file.require_regular(path)
+        commit.require_regular(path)
         raw = path.read_bytes()
         if len(raw) != record.size or hashlib.new(record.algorithm, raw).hexdigest() != record.hash:
             raise _damaged(path)

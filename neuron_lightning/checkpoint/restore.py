@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, state
 from neuron_lightning.checkpoint.boxes import Placement
+from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.state import Names
-from neuron_lightning.checkpoint.writer import TRAINER_FILE
 from neuron_lightning.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]

@@ -132,7 +132,7 @@ def add_module(
         param = names.parameter(first, tensor)
         described = param if param is not None else tensor
         for place in boxes.placements(first, described, tp_size):
-            tensor_file.checked_dtype(first, tensor)
+            tensor_file.checked_dtype(first, tensor.dtype)
             source = Source(
                 f"model/{place.name}",
                 place.global_shape,
@@ -182,7 +182,7 @@ def export(optimizer: Any) -> Sequence[ParamState]:
 
 def check_piece(name: str, key: str, flat: Tensor, piece: ParamState) -> None:
     """Checks that a state tensor has one element for each of the parameter's in the piece."""
-    tensor_file.checked_dtype(name, flat)
+    tensor_file.checked_dtype(name, flat.dtype)
     if flat.dim() != 1 or flat.numel() != piece.stop - piece.start or not flat.is_contiguous():
         raise CheckpointError(
             f"optimizer state {key!r} of {name} has shape {tuple(flat.shape)}; state is stored element by element, flat, "

@@ -1,37 +1,33 @@
-"""safetensors files: written in one pass that hashes as it writes, read by slices.
+"""safetensors files: the layout of new ones, the bytes of tensors, and reading by slices.
 
 The format is that of https://huggingface.co/docs/safetensors (eight bytes of header length, a JSON header, raw
 row-major little-endian data), so any safetensors reader opens the files. They are written here and not by the
 library because the library cannot hash what it writes.
-
-The hash is SHA-256: with the processor's SHA instructions it is the fastest secure hash of :mod:`hashlib` (1.7 GiB/s
-on one core where BLAKE2b, the fastest without them, reaches 0.9), and it runs beside the write in a second thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
+import math
 import struct
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neuron_lightning.checkpoint import points
+from neuron_lightning.checkpoint import commit
 from neuron_lightning.checkpoint.boxes import Box
 from neuron_lightning.errors import CheckpointError
 
-ALGORITHM = "sha256"
 ALGORITHMS = ("sha256", "sha512", "blake2b")
 _CHUNK = 8 << 20
-_SMALL = 1 << 20
+SLAB = 32 << 20
+"""Bytes that are copied to host memory at a time."""
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -54,99 +50,61 @@ DTYPES: dict[torch.dtype, str] = {
 DTYPE_NAMES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-class HashedFile:
-    """A new file that is hashed in a second thread while it is written, and durable once it is closed.
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: ``data`` bytes from ``offset`` on, counted from the end of the header."""
 
-    Args:
-        path: must not exist.
-        on_bytes: called with the number of bytes after each piece.
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands in a file.
+
+    Attributes:
+        header: the file's first bytes; the tensors follow without gaps.
+        entries: by offset; the widest dtypes come first, so that each is aligned.
+        size: bytes of the tensors together.
     """
 
-    def __init__(self, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
-        self._hash = hashlib.new(ALGORITHM)
-        self._on_bytes = on_bytes
-        self._file: BinaryIO = path.open("xb")
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self.size = 0
+    header: bytes
+    entries: tuple[Entry, ...]
+    size: int
 
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-        self._file.close()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends ``data``."""
-        for start in range(0, len(data), _CHUNK):
-            chunk = data[start : start + _CHUNK]
-            if len(chunk) < _SMALL:
-                self._hash.update(chunk)
-                self._file.write(chunk)
-            else:
-                hashing = self._thread.submit(self._hash.update, chunk)
-                try:
-                    self._file.write(chunk)
-                finally:
-                    hashing.result()
-            self.size += len(chunk)
-            if self._on_bytes is not None:
-                self._on_bytes(len(chunk))
-
-    def finish(self) -> str:
-        """Makes the data durable; the hash in hexadecimal."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._hash.hexdigest()
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> Layout:
+        """The layout of a new file for (key, dtype, shape). Raises :class:`CheckpointError` for an unknown dtype."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries, end = [], 0
+        for key, dtype, shape in sorted(tensors, key=lambda t: (-t[1].itemsize, t[0])):
+            entry = Entry(key, checked_dtype(key, dtype), tuple(shape), end)
+            end += entry.size
+            header[key] = {
+                "dtype": DTYPES[dtype],
+                "shape": list(shape),
+                "data_offsets": [entry.offset, end],
+            }
+            entries.append(entry)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return cls(struct.pack("<Q", len(text)) + text, tuple(entries), end)
 
 
-def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
-    """Writes a new file durably. Returns its size and hash."""
-    with HashedFile(path) as file:
-        file.write(data)
-        return len(data), file.finish()
-
-
-def write_tensors(
-    path: Path, tensors: Sequence[tuple[str, Tensor]], on_bytes: Callable[[int], None] | None = None
-) -> tuple[int, str]:
-    """Writes a new safetensors file durably, one tensor in host memory at a time.
-
-    Args:
-        path: must not exist.
-        tensors: (key, tensor on any device); not necessarily contiguous.
-        on_bytes: called with the number of bytes after each piece.
-
-    Returns:
-        Size of the file, and its hash.
-    """
-    ordered = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPES[checked_dtype(key, tensor)],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with HashedFile(path, on_bytes) as file:
-        points.reach("share_opened")
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            file.write(host_bytes(tensor))
-        return file.size, file.finish()
-
-
-def checked_dtype(key: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of ``tensor``. Raises :class:`CheckpointError` if safetensors has no name for it."""
-    if tensor.dtype not in DTYPES:
+def checked_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``. Raises :class:`CheckpointError` if safetensors has no name for it."""
+    if dtype not in DTYPES:
         raise CheckpointError(
-            f"{key} has dtype {tensor.dtype}, which safetensors cannot hold: convert it to one of {', '.join(DTYPE_NAMES)}."
+            f"{key} has dtype {dtype}, which safetensors cannot hold: convert it to one of {', '.join(DTYPE_NAMES)}."
         )
-    return tensor.dtype
+    return dtype
 
 
 def host_bytes(tensor: Tensor) -> memoryview:
@@ -154,24 +112,19 @@ def host_bytes(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     host = tensor.detach().to("cpu").contiguous()
-    return host.reshape(-1).view(torch.uint8).numpy().data
+    data: memoryview = host.reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
-def require_regular(path: Path) -> int:
-    """The size of a file that must be a regular one.
-
-    Raises:
-        CheckpointError: missing, a link, or something else than a file.
-    """
-    try:
-        status = os.lstat(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): the checkpoint is incomplete."
-        ) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file: links and devices in a checkpoint are refused.")
-    return status.st_size
+def host_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """:func:`host_bytes` piece by piece: what must be copied is, in slabs of about :data:`SLAB` bytes."""
+    rows, size = tensor.shape[0] if tensor.dim() else 1, tensor.numel() * tensor.element_size()
+    if size <= SLAB or (tensor.device.type == "cpu" and tensor.is_contiguous()):
+        yield host_bytes(tensor)
+        return
+    step = max(1, SLAB * rows // size)
+    for start in range(0, rows, step):
+        yield host_bytes(tensor.narrow(0, start, min(step, rows - start)))
 
 
 def hash_file(path: Path, algorithm: str, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -194,7 +147,7 @@ class TensorReader:
     """
 
     def __init__(self, path: Path) -> None:
-        require_regular(path)
+        commit.require_regular(path)
         self.path = path
         try:
             self._file: Any = safe_open(path, framework="pt", device="cpu")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuron_lightning import checkpoint
-from neuron_lightning.checkpoint import boxes, tensor_file
+from neuron_lightning.checkpoint import boxes, points
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.optim import ParallelOptimizer
 from neuron_lightning.parallel import mesh, parallel_state
@@ -211,9 +211,8 @@ def full_state(path: str) -> dict[str, Tensor]:
 
 def save_with_failure(path: str, failing: int) -> tuple[str, list[str]]:
     """A save in which one rank's disk is full; then one that works. Returns the error and what is left."""
-    original = tensor_file.write_tensors
 
-    def full_disk(*_: Any, **__: Any) -> Any:
+    def full_disk() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     parallel_state.initialize_model_parallel(2)
@@ -225,7 +224,7 @@ def save_with_failure(path: str, failing: int) -> tuple[str, list[str]]:
             "trainer_state": {},
         }
         if dist.get_rank() == failing:
-            tensor_file.write_tensors = full_disk
+            points.on("share_opened", full_disk)
         try:
             checkpoint.write_checkpoint(path, **arguments)
             message = "no error"
@@ -233,12 +232,12 @@ def save_with_failure(path: str, failing: int) -> tuple[str, list[str]]:
             message = str(error)
         dist.barrier()
         left = sorted(f.name for f in Path(path).parent.iterdir())
-        tensor_file.write_tensors = original
+        points.clear()
         dist.barrier()
         checkpoint.write_checkpoint(path, **arguments)
         return message, left
     finally:
-        tensor_file.write_tensors = original
+        points.clear()
         parallel_state.destroy_model_parallel()
 
 

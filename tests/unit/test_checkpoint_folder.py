@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from neuron_lightning import checkpoint
-from neuron_lightning.checkpoint import commit, manifest, tensor_file
+from neuron_lightning.checkpoint import commit, manifest, points
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.optim import ParallelOptimizer
 
@@ -414,14 +414,15 @@ def test_a_kill_at_any_stage_leaves_the_old_checkpoint(saved: Path, stage: str) 
     assert [f.name for f in saved.parent.iterdir()] == ["a"]
 
 
-def test_an_error_while_writing_leaves_nothing_behind(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: Any, **__: Any) -> Any:
+@pytest.mark.parametrize("point", ["share_opened", "share_written", "manifest_written", "before_rename"])
+def test_an_error_while_writing_leaves_nothing_behind(saved: Path, point: str) -> None:
+    def full_disk() -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_file, "write_tensors", full_disk)
+    points.on(point, full_disk)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(saved, Model(4))
-    monkeypatch.undo()
+    points.clear()
     other = Model(1)
     load(saved, other)
     assert same(other, Model(0))
