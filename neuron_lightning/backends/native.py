@@ -18,16 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neuron_lightning.backends.base import Backend
+from neuron_lightning.backends.host_group import GLOO_SETTLES_S
 from neuron_lightning.backends.host_memory import keep_freed_memory
 
 # Renamed in torch 2.13; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-_GLOO_SETTLES_S = 0.2
-"""A gloo thread that has finished a collective still waits for the interpreter to free its tensors. If the
-interpreter ends before it gets its turn, the process aborts ("terminate called without an active exception"):
-4 of 72 processes of two on torch 2.13, destroyed groups or not, until the main thread slept first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ class NativeBackend(Backend):
 
     def destroy_process_group(self) -> None:
         dist.destroy_process_group()
-        time.sleep(_GLOO_SETTLES_S)
+        time.sleep(GLOO_SETTLES_S)
 
     def all_reduce(
         self,

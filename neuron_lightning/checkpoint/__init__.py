@@ -1,5 +1,6 @@
 """Checkpoints: topology-free folders of safetensors and JSON that are verified, committed atomically, and never pickled."""
 
+from neuron_lightning.checkpoint.asynchronous import AsyncSaver
 from neuron_lightning.checkpoint.folder import (
     check_trainer_state,
     is_checkpoint,
@@ -15,6 +16,7 @@ from neuron_lightning.checkpoint.folder import (
 from neuron_lightning.checkpoint.listing import CheckpointInfo, list_checkpoints
 
 __all__ = [
+    "AsyncSaver",
     "CheckpointInfo",
     "check_trainer_state",
     "is_checkpoint",

@@ -16,7 +16,15 @@ from neuron_lightning.errors import CheckpointError, NeuronLightningError
 
 T = TypeVar("T")
 
-FAILURES = (OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError, NeuronLightningError)
+FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    MemoryError,
+    NeuronLightningError,
+)
 """What work on files and tensors can fail with; anything else is a bug and ends the rank."""
 
 
@@ -26,14 +34,20 @@ class Ranks:
     Args:
         group: a process group that serves CPU tensors; None for the default one, or for this process alone where
             ``torch.distributed`` is not initialised.
+        failures: what work on one rank can fail with, so that all ranks hear of it.
 
     Attributes:
         rank: number of this process among them.
         size: how many they are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        failures: tuple[type[Exception], ...] = FAILURES,
+    ) -> None:
         self._group = group
+        self._failures = failures
         joined = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank(group) if joined else 0
         self.size: int = dist.get_world_size(group) if joined else 1
@@ -61,7 +75,7 @@ class Ranks:
         cause: BaseException | None = None
         try:
             result = work()
-        except FAILURES as error:
+        except self._failures as error:
             cause, failure = error, str(error) if isinstance(error, CheckpointError) else describe(error)
         outcomes = self.gather((result, failure))
         failed = [rank for rank, (_, message) in enumerate(outcomes) if message is not None]

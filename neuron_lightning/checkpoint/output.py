@@ -11,10 +11,10 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 ALGORITHM = "sha256"
 CHUNK = 8 << 20
@@ -74,6 +74,37 @@ class LocalSink(Sink):
         return self._handle
 
 
+class _Hasher:
+    """A hash in a thread of its own. (Not an executor's: those take no work while the interpreter ends.)"""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.new(ALGORITHM)
+        self._queue: Queue[memoryview | None] = Queue(maxsize=_LAG)
+        self._thread: Thread | None = None
+
+    def update(self, data: memoryview) -> None:
+        """Adds ``data``, which must not change before :meth:`close`."""
+        if self._thread is None:
+            if len(data) < _SMALL:
+                self._digest.update(data)
+                return
+            self._thread = Thread(target=self._work, name="checkpoint-hash", daemon=True)
+            self._thread.start()
+        self._queue.put(data)
+
+    def close(self) -> str:
+        """The hash of everything, in hexadecimal."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        return self._digest.hexdigest()
+
+    def _work(self) -> None:
+        while (data := self._queue.get()) is not None:
+            self._digest.update(data)
+
+
 class HashedFile:
     """A new file whose hash is known when it is finished. Leaving the context without finishing gives it up.
 
@@ -85,9 +116,7 @@ class HashedFile:
     def __init__(self, sink: Sink, on_bytes: Callable[[int], None] | None = None) -> None:
         self._sink = sink
         self._on_bytes = on_bytes
-        self._digest = hashlib.new(ALGORITHM)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-hash")
-        self._hashing: deque[Future[None]] = deque()
+        self._hash = _Hasher()
         self._small: list[memoryview] = []
         self._small_size = 0
         self.size = 0
@@ -96,7 +125,7 @@ class HashedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._hash.close()
         self._sink.abort()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -106,34 +135,27 @@ class HashedFile:
             self._small.append(view)
             self._small_size += len(view)
             if self._small_size >= _SMALL:
-                self._write_small()
+                self.flush()
             return
-        self._write_small()
+        self.flush()
         for start in range(0, len(view), CHUNK):
             self._put(view[start : start + CHUNK])
+
+    def flush(self) -> None:
+        """Hands everything that was written to the operating system."""
+        if self._small:
+            small, self._small, self._small_size = self._small, [], 0
+            self._put(memoryview(b"".join(small)))
 
     def finish(self) -> tuple[int, str]:
         """Makes the file durable and closes it. Returns its size and its hash in hexadecimal."""
         self.flush()
         self._sink.commit()
-        while self._hashing:
-            self._hashing.popleft().result()
-        return self.size, self._digest.hexdigest()
-
-    def flush(self) -> None:
-        """Hands everything to the operating system."""
-        self._write_small()
-
-    def _write_small(self) -> None:
-        if self._small:
-            small, self._small, self._small_size = self._small, [], 0
-            self._put(memoryview(b"".join(small)))
+        return self.size, self._hash.close()
 
     def _put(self, chunk: memoryview) -> None:
-        self._hashing.append(self._thread.submit(self._digest.update, chunk))
+        self._hash.update(chunk)
         self._sink.write(chunk)
-        if len(self._hashing) > _LAG:
-            self._hashing.popleft().result()
         self.size += len(chunk)
         if self._on_bytes is not None:
             self._on_bytes(len(chunk))

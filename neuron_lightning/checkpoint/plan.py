@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuron_lightning.checkpoint import boxes, tensor_file, typed_json
@@ -86,11 +87,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Share:
-    """All that this rank writes in one save."""
+    """All that this rank writes in one save; ``facts`` are dtype and global shape of the tensors it holds."""
 
     files: tuple[FilePlan, ...]
     sources: Sequence[Source]
     documents: Sequence[Document]
+    facts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     aliases: Mapping[str, str]
     scalars: Mapping[str, Mapping[str, float]]
 
@@ -137,7 +139,8 @@ class Planner:
             self._signature = []
             self._files = _assign(local, request.state_dict_type, ranks)
             self._signature = signature
-        return Share(self._files, local.sources, documents, local.aliases, local.scalars)
+        facts = {s.name: (s.tensor.dtype, s.global_shape) for s in local.sources}
+        return Share(self._files, local.sources, documents, facts, local.aliases, local.scalars)
 
 
 def _check_agreement(wishes: Sequence[Any]) -> None:

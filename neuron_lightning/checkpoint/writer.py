@@ -44,8 +44,19 @@ def live_data(share: Share) -> Data:
     return lambda file: (piece for tensor in share.tensors(file) for piece in tensor_file.host_pieces(tensor))
 
 
-def write(request: Request, share: Share, data: Data, place: Place, ranks: Ranks, progress: Progress) -> None:
-    """Writes and commits a planned checkpoint. Collective. Raises :class:`CheckpointError` on all ranks."""
+def write(
+    request: Request,
+    share: Share,
+    data: Data,
+    place: Place,
+    ranks: Ranks,
+    progress: Progress,
+    on_commit: Callable[[], None] | None = None,
+) -> None:
+    """Writes and commits a planned checkpoint. Collective. Raises :class:`CheckpointError` on all ranks.
+
+    ``on_commit`` is called on rank 0 right after the commit.
+    """
     what = f"save the checkpoint {place.name}"
     progress("prepare", 0, 0)
     attempt = ranks.together(what, lambda: place.prepare() if ranks.rank == 0 else "")[0]
@@ -60,6 +71,8 @@ def write(request: Request, share: Share, data: Data, place: Place, ranks: Ranks
         if ranks.rank == 0:
             place.discard(attempt)
         raise
+    follow = f"carry out what follows the commit of {place.name} (it is committed)"
+    ranks.together(follow, lambda: on_commit() if on_commit is not None and ranks.rank == 0 else None)
 
 
 class _Writer:
@@ -76,7 +89,7 @@ class _Writer:
         """Writes all of a share durably; the disk works on one file while the next one is being written."""
         written = self._written
         written.aliases, written.scalars = share.aliases, share.scalars
-        written.facts = {s.name: (s.tensor.dtype, s.global_shape) for s in share.sources}
+        written.facts = dict(share.facts)
         self._progress("write", 0, share.size)
         with contextlib.ExitStack() as stack:
             opened = []
