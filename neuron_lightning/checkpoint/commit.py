@@ -19,7 +19,8 @@ from neuron_lightning.errors import CheckpointError
 MANIFEST = "manifest.json"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_TEMPORARY = (".tmp", ".old", ".removed")
+_GRAVE = ".removed"
+_TEMPORARY = (".tmp", ".old", _GRAVE)
 
 
 def temporary(target: Path) -> Path:
@@ -89,6 +90,7 @@ def prepare(target: Path) -> Path:
     folder = temporary(target)
     _delete(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_graves(target.parent)
     folder.mkdir()
     points.reach("prepared")
     return folder
@@ -138,8 +140,9 @@ def remove(target: Path) -> None:
         return
     if not is_committed(target):
         raise CheckpointError(f"{target} is not a checkpoint (it has no {MANIFEST}): it is left as it is.")
-    grave = target.with_name(target.name + ".removed")
+    grave = target.with_name(target.name + _GRAVE)
     _delete(grave)
+    _delete(replaced(target))
     os.rename(target, grave)
     points.reach("remove_renamed")
     sync_folder(target.parent)
@@ -176,10 +179,19 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def _clear_graves(parent: Path) -> None:
+    """Finishes removals that a crash cut short; they have lost their names, so nobody reads them."""
+    for path in parent.iterdir():
+        if path.suffix == _GRAVE and path.is_dir() and not path.is_symlink():
+            _delete(path)
+
+
 def _delete(path: Path) -> None:
+    """Deletes a file, a link or a folder: its manifest first, so that a half-deleted one is no checkpoint."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
+        (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 

@@ -465,6 +465,44 @@ def test_remove(saved: Path) -> None:
         load(saved, Model())
 
 
+def test_a_removal_that_was_cut_short_is_finished_by_the_next_save(saved: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        points.on("remove_renamed", lambda: os.kill(os.getpid(), 9))
+        checkpoint.remove_checkpoint(saved)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 9
+    assert [f.name for f in saved.parent.iterdir()] == ["a.removed"]
+    save(saved.with_name("b"), Model())
+    assert [f.name for f in saved.parent.iterdir()] == ["b"]
+
+
+def test_what_a_replacement_left_is_removed_with_it_and_never_takes_its_place(saved: Path) -> None:
+    leftover = commit.replaced(saved)
+    shutil.copytree(saved, leftover)
+    (leftover / "trainer.json").unlink()
+    checkpoint.remove_checkpoint(saved)
+    assert checkpoint.list_checkpoints(saved.parent) == []
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_a_folder_that_is_being_deleted_is_no_checkpoint_at_any_moment(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_exchange", lambda a, b: False)
+    whole: list[bool] = []
+    delete = shutil.rmtree
+
+    def watched(path: Path, *args: Any, **kwargs: Any) -> None:
+        whole.append(commit.is_committed(path))
+        delete(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    save(saved, Model(4))
+    checkpoint.remove_checkpoint(saved)
+    assert whole == [False, False]
+
+
 def test_an_interrupted_save_is_explained(tmp_path: Path) -> None:
     commit.temporary(tmp_path / "a").mkdir()
     with pytest.raises(CheckpointError, match="the save was interrupted"):
