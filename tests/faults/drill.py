@@ -233,7 +233,7 @@ def run_and_strike(
     arguments = (job, str(folder), attempt, resume, more)
     with Crew(WORLD, train, *arguments, folder=folder / f"out-{attempt}") as crew:
         if isinstance(strike, Strike):
-            _strike(crew, folder / f"trace-{attempt}-{strike.rank}", strike)
+            strike_now(crew, folder / f"trace-{attempt}-{strike.rank}", strike)
         landed = crew.wait_for(strike.rank, RUN_S) == -signal.SIGKILL
         moment = time.monotonic()
         if landed and not patient and not crew.wait(AGENT_S):
@@ -243,7 +243,8 @@ def run_and_strike(
         return Struck(landed, moment, crew.output())
 
 
-def _strike(crew: Crew, trace: Path, strike: Strike) -> None:
+def strike_now(crew: Crew, trace: Path, strike: Strike) -> None:
+    """Waits for the strike's moment in the rank's trace, and kills the rank."""
     deadline = time.monotonic() + RUN_S
     while count_trace(trace) < strike.events and None in crew.codes and time.monotonic() < deadline:
         time.sleep(0.0005)

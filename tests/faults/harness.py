@@ -141,7 +141,11 @@ def fingerprint(row: Row) -> str:
 
 
 def run_case(row: Row, index: int, seed: int, case: dict[str, Any], base: Path, pools: Pools) -> Record:
-    """Runs one case in a scratch folder of its own under ``base``; removed if all is well."""
+    """Runs one case in a scratch folder of its own under ``base``; removed if all is well.
+
+    Raises:
+        Unavailable: this machine cannot.
+    """
     scratch = base / f"row-{row.NUMBER:02d}-case-{index}-seed-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -161,6 +165,10 @@ def run_case(row: Row, index: int, seed: int, case: dict[str, Any], base: Path, 
     )
 
 
+class Unavailable(Exception):
+    """This machine cannot play the case; the message says why. It gets no result."""
+
+
 class CaseTimeout(Exception):
     """A case took longer than its row allows."""
 
@@ -176,6 +184,8 @@ def _outcome(row: Row, case: dict[str, Any], scratch: Path, pools: Pools) -> Out
     except RankFailure as error:
         verdict: Verdict = "hang" if error.first_rank is None else "wrong"
         return Outcome(verdict, f"{error}\n{traceback.format_exc()}")
+    except Unavailable:
+        raise
     except Exception:  # noqa: BLE001 - whatever a case raises is its result
         return Outcome("wrong", traceback.format_exc())
 
@@ -261,7 +271,11 @@ def run_plan(plan: Plan, report: Callable[[str], None]) -> bool:
     bad, begun = 0, time.monotonic()
     with Pools() as pools, plan.results.open("a", encoding="utf-8") as file:
         for done, (row, index, case) in enumerate(todo, 1):
-            record = run_case(row, index, plan.seed, case, plan.scratch, pools)
+            try:
+                record = run_case(row, index, plan.seed, case, plan.scratch, pools)
+            except Unavailable as reason:
+                report(f"skip row {row.NUMBER} case {index}: {reason}")
+                continue
             file.write(json.dumps(asdict(record)) + "\n")
             file.flush()
             bad += record.verdict != "ok"

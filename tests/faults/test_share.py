@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Pools, describe, rows, run_case
+from tests.faults.harness import Pools, Unavailable, describe, rows, run_case
 
 ROWS = rows()
 SEED = 0
@@ -25,10 +25,12 @@ def pools() -> Iterator[Pools]:
 @pytest.mark.parametrize("number", ROWS)
 def test_row(number: int, pools: Pools, tmp_path: Path) -> None:
     row = ROWS[number]
-    records = [
-        run_case(row, index, SEED, case, tmp_path, pools)
-        for index, case in enumerate(row.cases(row.SHARE, SEED))
-    ]
+    records = []
+    for index, case in enumerate(row.cases(row.SHARE, SEED)):
+        try:
+            records.append(run_case(row, index, SEED, case, tmp_path, pools))
+        except Unavailable as reason:
+            pytest.skip(f"row {number}: {reason}")
     assert len(records) == row.SHARE
     failed = [describe(record) for record in records if record.verdict != "ok"]
     assert not failed, "\n".join(failed)
