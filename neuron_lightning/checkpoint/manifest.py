@@ -236,8 +236,20 @@ def _parse_body(body: Mapping[str, Any], where: str) -> Manifest:
         aliases=aliases,
         scalars=_parse_scalars(typed_json.decode(body["scalars"])),
     )
+    _check_sizes(manifest)
     manifest.check_cover(allow_overlap=manifest.state_dict_type == "sharded")
     return manifest
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """No file is said to hold more than its bytes, so that no tensor is larger than what is on disk."""
+    held: dict[str, int] = dict.fromkeys(manifest.files, 0)
+    for tensor in manifest.tensors.values():
+        for stored in tensor.boxes:
+            held[stored.file] += stored.box.numel * tensor.dtype.itemsize
+    for name, size in held.items():
+        if size > manifest.files[name].size:
+            raise ValueError(f"{name} has {manifest.files[name].size} bytes and is said to hold {size}")
 
 
 def check_file_name(name: str, where: str) -> str:
@@ -284,7 +296,8 @@ def _parse_scalars(scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
 
 def _shape(name: str, numbers: Any) -> tuple[int, ...]:
     shape = tuple(numbers)
-    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) > _MAX_NUMEL or len(shape) > 16:
+    plausible = all(type(n) is int and 0 <= n <= _MAX_NUMEL for n in shape) and len(shape) <= 16
+    if not plausible or math.prod(shape) > _MAX_NUMEL:
         raise ValueError(f"{name[:200]}: a shape or offset of {str(shape)[:200]} cannot be")
     return shape
 
