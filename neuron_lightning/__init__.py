@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from typing import Any
 
 _HOMES = {
+    "AsyncSave": "config",
     "NeuronCheckpointIO": "lightning.checkpoint_io",
     "NeuronLTModule": "lightning.module",
     "NeuronLightningDataModule": "lightning.datamodule",
+    "NeuronModelCheckpoint": "lightning.callbacks.model_checkpoint",
     "NeuronTQDMProgressBar": "lightning.progress",
     "NeuronTensorBoardLogger": "lightning.loggers",
     "NeuronXLAAccelerator": "lightning.accelerator",

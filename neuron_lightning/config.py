@@ -209,6 +209,38 @@ class NeuronConfig(_Section):
         return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AsyncSave:
+    """How checkpoints are written in the background."""
+
+    memory_budget_gib: float | None = None
+    """Host memory that the snapshot of one rank may take, in GiB; larger ones are written while training waits."""
+
+    def __post_init__(self) -> None:
+        budget = self.memory_budget_gib
+        if budget is None:
+            return
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+            raise ConfigError(
+                f"AsyncSave(memory_budget_gib={budget!r}) must be a number of GiB greater than 0, or None for no "
+                "limit; to write while training waits, use async_save=False."
+            )
+
+    @property
+    def memory_budget(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.memory_budget_gib is None else int(self.memory_budget_gib * 2**30)
+
+    @classmethod
+    def from_any(cls, value: Any) -> AsyncSave | None:
+        """True is the default, False and None mean not at all. Raises :class:`ConfigError` for anything else."""
+        if isinstance(value, cls):
+            return value
+        if value is None or isinstance(value, bool):
+            return cls() if value else None
+        raise ConfigError(f"async_save must be True, False or AsyncSave(…), not {_kind(value)}.")
+
+
 _SECTIONS: dict[str, type[_Section]] = {
     "optimizer_config": OptimizerConfig,
     "model_init_config": ModelInitConfig,

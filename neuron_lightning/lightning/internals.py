@@ -26,6 +26,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from neuron_lightning.errors import ConfigError
+from neuron_lightning.lightning.internals_loops import Boundaries
 
 CHECKED_AGAINST = "2.6.6"
 SHARDED_LOADER = "_neuron_lightning_sharded"
@@ -74,11 +75,16 @@ def script_launcher(environment: ClusterEnvironment, num_processes: int, num_nod
     return _SubprocessScriptLauncher(environment, num_processes, num_nodes)
 
 
-def explain_mixed_packages(trainer: Trainer) -> None:
-    """Makes the Trainer's entry points explain a module of the other package.
+def before_entry(trainer: Trainer, prepare: Callable[[], None]) -> None:
+    """Makes the Trainer's entry points explain a module of the other package, and calls ``prepare`` first.
 
     Reason: ``lightning`` and ``pytorch_lightning`` define different classes of the same names, and the
-    Trainer's own check (before any strategy call) only says that the model is not a LightningModule.
+    Trainer's own check (before any strategy call) only says that the model is not a LightningModule. Before
+    any strategy call, too, it chooses the checkpoint to start from.
+
+    Args:
+        trainer: under construction.
+        prepare: called at the start of ``fit``, ``validate``, ``test`` and ``predict``.
     """
     for name in _ENTRY_POINTS:
         original = getattr(trainer, name)
@@ -86,6 +92,7 @@ def explain_mixed_packages(trainer: Trainer) -> None:
         @functools.wraps(original)
         def entry(model: Any = None, *args: Any, _call: Callable[..., Any] = original, **kwargs: Any) -> Any:
             check_package(model)
+            prepare()
             return _call(model, *args, **kwargs)
 
         setattr(trainer, name, entry)
@@ -108,8 +115,8 @@ def check_package(model: object) -> None:
 class Hooks:
     """What the strategy wants to be told, and the state that the replaced methods share."""
 
-    on_boundary: Callable[[], None]
-    """Called after each batch in which an optimizer stepped, when its bookkeeping is done."""
+    on_boundary: Callable[[bool], None]
+    """Called when everything that belongs to an optimizer step is done; True where an epoch ended with it."""
     on_sigterm: Callable[[], None]
     """Called in the signal handler: sets a flag and nothing else."""
     step_before_batch: int | None = None
@@ -122,9 +129,10 @@ def install(trainer: Trainer, hooks: Hooks) -> None:
         present.on_boundary, present.on_sigterm = hooks.on_boundary, hooks.on_sigterm
         return
     setattr(trainer, _INSTALLED, hooks)
+    boundaries = Boundaries(trainer, lambda epoch_ended: hooks.on_boundary(epoch_ended))
     _replace_sigterm(trainer, hooks)
     _replace_accumulation(trainer, hooks)
-    _replace_logging(trainer, hooks)
+    _replace_logging(trainer, boundaries)
     _replace_sampler_rule(trainer)
 
 
@@ -180,7 +188,7 @@ def _replace_accumulation(trainer: Trainer, hooks: Hooks) -> None:
     loop._should_accumulate = replaced  # type: ignore[method-assign]
 
 
-def _replace_logging(trainer: Trainer, hooks: Hooks) -> None:
+def _replace_logging(trainer: Trainer, boundaries: Boundaries) -> None:
     """One record per optimizer step, at ``trainer.global_step``.
 
     Reason: Lightning numbers records by batches (0, 1, 2, … before the step is counted) and writes one per
@@ -200,7 +208,7 @@ def _replace_logging(trainer: Trainer, hooks: Hooks) -> None:
         if loop._should_accumulate():
             return
         update()
-        hooks.on_boundary()
+        boundaries.note_step()
 
     connector.log_metrics = log_at_global_step  # type: ignore[method-assign]
     connector.update_train_step_metrics = update_at_boundary  # type: ignore[method-assign]
@@ -261,32 +269,6 @@ def _replace_sampler_rule(trainer: Trainer) -> None:
         return not getattr(dataloader, SHARDED_LOADER, False) and requires(dataloader)
 
     data._requires_distributed_sampler = replaced  # type: ignore[method-assign]
-
-
-def in_window(trainer: Trainer) -> bool:
-    """Whether the last batch left gradients that no optimizer step has used yet."""
-    return trainer.state.stage == RunningStage.TRAINING and trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def count_resumed_steps(trainer: Trainer) -> None:
-    """Sets the loggers' step counter after a resume; with several optimizers Lightning's own count stays."""
-    if len(trainer.strategy.optimizers) == 1:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-
-def completed_batches(trainer: Trainer) -> int:
-    """Batches of the current epoch that a resumed fit must not train on again; 0 at the start of an epoch.
-
-    A checkpoint written in ``on_train_batch_end`` holds a batch that is processed but not yet counted as
-    completed; Lightning corrects that after the loaders exist, so it is anticipated here.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    if not trainer.fit_loop.restarting:
-        return 0
-    progress: Any = loop.batch_progress.current
-    total: Any = loop.batch_progress.total
-    uncounted = total.ready == total.started == total.processed == total.completed + 1
-    return int(progress.completed) + int(uncounted)
 
 
 def signature_of(function: Callable[..., Any]) -> list[str]:

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import numpy
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
@@ -129,26 +127,3 @@ def _plain_hparams(trainer: Trainer) -> dict[str, Any]:
 
 def _short(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f", … ({len(ranks)} in all)" if len(ranks) > 8 else "")
-
-
-class StopFlag:
-    """A wish to stop that any rank may have and all ranks follow at the same step.
-
-    The flag lives in host memory and is read through numpy: it costs the device nothing.
-    """
-
-    def __init__(self) -> None:
-        self._here = False
-        self._shared = numpy.zeros(1, dtype=numpy.int64)
-
-    def set_here(self) -> None:
-        """Notes the wish; safe inside a signal handler."""
-        self._here = True
-
-    def agreed(self) -> bool:
-        """Whether any rank has the wish. All ranks together."""
-        if _world_size() == 1:
-            return self._here
-        self._shared[0] = self._here
-        dist.all_reduce(torch.from_numpy(self._shared), op=dist.ReduceOp.MAX)
-        return bool(self._shared[0])

@@ -138,7 +138,6 @@ def _check_later(later: Mapping[str, Any]) -> None:
                 f"{name}={value!r} is not supported by this release; leave it out"
                 + {
                     "layout": " and give tensor_parallel_size yourself.",
-                    "auto_resume": " and pass fit(ckpt_path=…) with the checkpoint to go on from.",
                     "compile": " and compile inside configure_model if you must (torch.compile of a submodule).",
                 }.get(name, ".")
             )

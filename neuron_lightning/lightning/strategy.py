@@ -18,17 +18,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from neuron_lightning.backends import get_backend
-from neuron_lightning.config import NeuronConfig
+from neuron_lightning.config import AsyncSave, NeuronConfig
 from neuron_lightning.errors import ConfigError, ParallelStateError
-from neuron_lightning.lightning import failures, internals, processes
+from neuron_lightning.lightning import failures, internals, internals_loops, processes, resume
 from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
+from neuron_lightning.lightning.folder_lock import FolderLocks
 from neuron_lightning.lightning.model_setup import prepare_module, report_layout
 from neuron_lightning.lightning.precision import NeuronXLAPrecisionPlugin
+from neuron_lightning.lightning.saving import Saves
 from neuron_lightning.lightning.settings import StrategySettings
-from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin
+from neuron_lightning.lightning.strategy_boundary import BoundaryMixin
 from neuron_lightning.lightning.strategy_collectives import CollectivesMixin
 from neuron_lightning.lightning.strategy_data import DataMixin, vocab_size_of
 from neuron_lightning.lightning.strategy_processes import ProcessesMixin
+from neuron_lightning.lightning.strategy_resume import ResumeMixin
 from neuron_lightning.optim import wrap_optimizer
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import deferred_init
@@ -42,7 +45,7 @@ class _Active:
     strategy: weakref.ref[NeuronXLAStrategy] | None = None
 
 
-class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesMixin):
+class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, CollectivesMixin):
     """Runs the Trainer on ranks laid out as tensor-parallel × data-parallel, on neuron, cuda or cpu.
 
     Any ``LightningModule`` trains under it, with automatic or manual optimization. Its optimizers are replaced
@@ -64,7 +67,10 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
             :func:`neuron_lightning.parallel.parallelize`); a plan that was already applied wins.
         layout: must be None in this release.
         state_dict_type: ``"deduped"`` (each element is written once) or ``"sharded"``.
-        auto_resume: must be False in this release.
+        auto_resume: a fit without ``ckpt_path`` goes on from the newest intact checkpoint in the folder of the
+            checkpoint callbacks, and starts fresh where there is none.
+        async_save: write checkpoints in the background, while training goes on; True, or
+            :class:`~neuron_lightning.config.AsyncSave` with a memory budget.
         compile: must be False in this release.
         timeout: of collectives; a rank that waits longer fails.
 
@@ -96,6 +102,7 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
         layout: None = None,
         state_dict_type: Literal["deduped", "sharded"] = "deduped",
         auto_resume: bool = False,
+        async_save: bool | AsyncSave = False,
         compile: bool = False,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
@@ -112,13 +119,17 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
             tp_plan=tp_plan,
             state_dict_type=state_dict_type,
             sync_module_states=sync_module_states,
-            later={"layout": layout, "auto_resume": auto_resume, "compile": compile},
+            later={"layout": layout, "compile": compile},
         )
         self.state_dict_type = state_dict_type
         self._debug = debug
         self._timeout = timeout
         self._deferred = []
-        self._stop = processes.StopFlag()
+        self._auto_resume = auto_resume
+        self._async_save = AsyncSave.from_any(async_save)
+        self._saves = Saves(self._async_save)
+        self._locks = FolderLocks()
+        self._prepare_votes()
         super().__init__(checkpoint_io=checkpoint_io)
 
     @property
@@ -155,6 +166,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
     def connect(self, model: LightningModule) -> None:
         """Takes the module. Raises :class:`ConfigError` for one of the ``pytorch_lightning`` package."""
         internals.check_package(model)
+        if self._auto_resume and model.trainer.state.fn == TrainerFn.FITTING:
+            resume.check_folders(model.trainer)
         super().connect(model)
 
     def setup_environment(self) -> None:
@@ -174,13 +187,23 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
         processes.init_process_group(self, self._timeout)
         trainer = self._trainer()
         failures.watch(partial(failures.how_to_go_on, trainer))
-        processes.check_equal_settings(self.settings.flat(), trainer, str(plugin.precision))
+        said = {
+            **self.settings.flat(),
+            "auto_resume": repr(self._auto_resume),
+            "async_save": repr(self._async_save),
+        }
+        processes.check_equal_settings(said, trainer, str(plugin.precision))
         processes.build_mesh(tp=self.settings.tp, sequence_parallel=self.settings.sequence_parallel)
+        internals_loops.choose_checkpoint_late(trainer, self.resolve_checkpoint)
         internals.install(
             trainer, internals.Hooks(on_boundary=self._on_boundary, on_sigterm=self._stop.set_here)
         )
         if self._debug:
             _log.warning("rank %d of %s", mesh.current().rank, mesh.describe(mesh.current()))
+
+    def _extend_entries(self, trainer: Trainer) -> None:
+        choose = partial(internals_loops.choose_checkpoint_late, trainer, self.resolve_checkpoint)
+        internals.before_entry(trainer, choose)
 
     def _claim_process(self) -> None:
         other = _Active.strategy() if _Active.strategy is not None else None
@@ -199,6 +222,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
                 "setup needs a connected module and an accelerator: use the strategy through a Trainer."
             )
         accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not getattr(trainer, "fast_dev_run", False):
+            self._locks.acquire(resume.folders(trainer))
         self.precision_plugin.convert_module(module)
         prepare_module(module, self.settings, self.root_device)
         self._vocab_size = vocab_size_of(module)
@@ -240,32 +265,19 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
     def on_train_start(self) -> None:
         """Gives a resumed run its random states back."""
         self._training_ended, self._steps_counted = False, False
+        internals_loops.begin_next_epoch(self._trainer())
         self._restore_random_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gives a resumed run its step count back, once Lightning's epoch loop has restarted its own."""
         if not self._steps_counted:
-            internals.count_resumed_steps(self._trainer())
+            internals_loops.count_resumed_steps(self._trainer())
+            internals_loops.count_validations_again(self._trainer())
             self._steps_counted = True
-
-    def on_train_end(self) -> None:
-        """Carries out saves that waited for the end of a window which never came."""
-        self._training_ended = True
-        self.run_deferred()
-
-    def _on_boundary(self) -> None:
-        self.run_deferred()
-        if self._stop.agreed():
-            internals.stop_for_sigterm(self._trainer())
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Says how to go on after Ctrl-C or SIGTERM. Never runs a collective: peers may be gone."""
-        self._deferred = []
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            failures.report_interrupt(self._trainer(), exception)
 
     def teardown(self) -> None:
         """Moves the module to the CPU and lets the next strategy start. The layout stays until then."""
+        self._saves.close()
         failures.stop_watching()
         if self.lightning_module is not None:
             self.lightning_module.cpu()
@@ -275,4 +287,5 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, CheckpointMixin, CollectivesM
             self.cluster_environment.teardown()
         if self._checkpoint_io is not None:
             self._checkpoint_io.teardown()
+        self._locks.release()
         _Active.strategy = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from neuron_lightning.errors import DataError
-from neuron_lightning.lightning import internals
+from neuron_lightning.lightning import internals_loops
 from neuron_lightning.models.attention_mask import mark_unpadded
 from neuron_lightning.parallel import mesh
 
@@ -44,7 +44,7 @@ class DataMixin(ParallelStrategy):
             return dataloader
         if trainer.state.fn != TrainerFn.FITTING or trainer.state.stage != RunningStage.TRAINING:
             return dataloader
-        done = internals.completed_batches(trainer)
+        done = internals_loops.completed_batches(trainer)
         if done and not isinstance(dataloader.dataset, IterableDataset):
             _skip_batches(dataloader, done, trainer.current_epoch)
         return dataloader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 
 from neuron_lightning.backends import get_backend, select_backend, use_backend
@@ -89,7 +90,11 @@ class ProcessesMixin(ParallelStrategy):
         self.parallel_devices = [backend.device(index) for index in settled.device_indices]
         self._num_nodes = settled.num_nodes
         if arguments.trainer is not None:
-            internals.explain_mixed_packages(arguments.trainer)
+            self._extend_entries(arguments.trainer)
+
+    def _extend_entries(self, trainer: Trainer) -> None:
+        """Called with the Trainer while it is under construction; others of the strategy's parts have more to add."""
+        internals.before_entry(trainer, lambda: None)
 
     def _check_world(self) -> None:
         tp, world = self.settings.tp, self.world_size

@@ -9,6 +9,8 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
@@ -33,6 +35,13 @@ SIGNATURES = [
     (_LoggerConnector.epoch_end_reached, ["self"]),
     (_DataConnector._requires_distributed_sampler, ["self", "dataloader"]),
     (_SubprocessScriptLauncher.__init__, ["self", "cluster_environment", "num_processes", "num_nodes"]),
+    (_TrainingEpochLoop.on_advance_end, ["self", "data_fetcher"]),
+    (_TrainingEpochLoop._num_ready_batches_reached, ["self"]),
+    (_FitLoop.on_advance_end, ["self"]),
+    (ModelCheckpoint._should_skip_saving_checkpoint, ["self", "trainer"]),
+    (ModelCheckpoint._should_save_on_train_epoch_end, ["self", "trainer"]),
+    (ModelCheckpoint._monitor_candidates, ["self", "trainer"]),
+    (ModelCheckpoint._find_last_checkpoints, ["self", "trainer"]),
     (Precision._after_closure, ["self", "model", "optimizer"]),
     (
         Precision._clip_gradients,
@@ -63,6 +72,11 @@ def test_private_parts_exist_on_a_trainer():
         (loop, "_batches_that_stepped"),
         (loop, "manual_optimization"),
         (loop, "batch_progress"),
+        (loop, "_restart_stage"),
+        (trainer.fit_loop, "epoch_progress"),
+        (trainer.fit_loop, "_restart_stage"),
+        (trainer.fit_loop, "_resuming_from_checkpoint"),
+        (trainer.fit_loop, "_restarting"),
         (trainer, "_logger_connector"),
         (trainer, "_signal_connector"),
         (trainer, "_data_connector"),
@@ -115,7 +129,7 @@ def test_a_pytorch_lightning_module_is_explained():
 def test_no_other_file_touches_privates():
     """A leading underscore after a name that is Lightning's belongs into internals.py."""
     folder = Path(internals.__file__).parent
-    allowed = {"internals.py"}
+    allowed = {"internals.py", "internals_loops.py"}
     words = (
         "_logger_connector",
         "_signal_connector",

@@ -56,7 +56,6 @@ def test_contradictions(arguments, message):
         {"pipeline_parallel_size": 2},
         {"expert_parallel_size": 2},
         {"context_parallel_size": 2},
-        {"auto_resume": True},
         {"compile": True},
         {"layout": "auto"},
         {"state_dict_type": "full"},

@@ -1,0 +1,1 @@
+"""Callbacks that know sharded, asynchronous checkpoints."""
