@@ -16,11 +16,13 @@ from neuron_lightning.models.hf_reader import read_config, read_folder
 from neuron_lightning.models.llama import LlamaConfig, LlamaForCausalLM
 from neuron_lightning.parallel.initialize import deferred_init
 
-_QKV = re.compile(r"\.qkv_proj\.(weight|bias)_([qkv])$")
+_QKV = re.compile(r"\.qkv_proj\.(weight|bias)_([qkv012])$")
 _GATE_UP = re.compile(r"\.gate_up_proj\.(weight|bias)_([01])$")
 _THEIR_QKV = re.compile(r"\.([qkv])_proj\.(weight|bias)$")
 _THEIR_GATE_UP = re.compile(r"\.(gate|up)_proj\.(weight|bias)$")
 _GATE, _UP = "gate", "up"
+_LETTERS = {"0": "q", "1": "k", "2": "v"}
+"""The parts of a query-key-value layer that is a column-parallel layer of stride 3."""
 
 
 def to_hf_name(canonical: str) -> str:
@@ -29,7 +31,7 @@ def to_hf_name(canonical: str) -> str:
     >>> to_hf_name("model.layers.0.self_attn.qkv_proj.weight_k")
     'model.layers.0.self_attn.k_proj.weight'
     """
-    name = _QKV.sub(r".\2_proj.\1", canonical)
+    name = _QKV.sub(lambda m: f".{_LETTERS.get(m[2], m[2])}_proj.{m[1]}", canonical)
     return _GATE_UP.sub(lambda m: f".{(_GATE, _UP)[int(m[2])]}_proj.{m[1]}", name)
 
 
