@@ -53,6 +53,6 @@ def test_sigterm_to_one_rank_stops_all_at_a_step(tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     output, code = run_session(plain(tmp_path, "--trouble", "interrupt"))
-    assert code != 0
+    assert code != 0, output
     assert output.count("Stopped. No checkpoint was written; start again with the same command.") == 1, output
     assert "Traceback" not in output, output
