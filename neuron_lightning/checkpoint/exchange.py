@@ -52,6 +52,13 @@ class Ranks:
         self.rank: int = dist.get_rank(group) if joined else 0
         self.size: int = dist.get_world_size(group) if joined else 1
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process by itself, whatever other ranks there are."""
+        ranks = cls()
+        ranks.rank, ranks.size = 0, 1
+        return ranks
+
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in rank order, on every rank. Collective."""
         if self.size == 1:

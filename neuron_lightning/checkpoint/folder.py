@@ -22,13 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from neuron_lightning.checkpoint import commit, reader, restore, state, storage, typed_json, writer
+from neuron_lightning.checkpoint import boxes, reader, restore, state, storage, typed_json, writer
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import KINDS
 from neuron_lightning.checkpoint.plan import TRAINER_FILE, Planner, Request, file_name
 from neuron_lightning.checkpoint.reader import Checkpoint
+from neuron_lightning.checkpoint.transfer import Want
 from neuron_lightning.parallel.mesh import current as current_mesh
 
 Progress = Callable[[str, int, int], None]
@@ -125,15 +127,15 @@ def read_trainer_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, or damaged (the file is named).
     """
-    trainer: dict[str, Any] = Checkpoint(Path(path)).read_document(TRAINER_FILE)["trainer"]
+    trainer: dict[str, Any] = Checkpoint(path).read_document(TRAINER_FILE)["trainer"]
     return trainer
 
 
 def read_rank_state(path: str | Path, rank: int) -> dict[str, Any] | None:
     """What ``rank`` gave as ``rank_state``; None if it gave none or did not exist. Not collective."""
-    checkpoint = Checkpoint(Path(path))
+    checkpoint = Checkpoint(path)
     name = file_name(rank, "state", "json")
-    return checkpoint.read_document(name) if name in checkpoint.manifest.files else None
+    return None if checkpoint.file(name) is None else checkpoint.read_document(name)
 
 
 def load_module_state(
@@ -161,20 +163,17 @@ def load_module_state(
     Raises:
         CheckpointError: damaged, or of another model: the first differing names and shapes are listed.
     """
-    report = progress or _silent
     ranks = Ranks()
     checkpoint = _open(path, ranks)
-    if verify:
-        reader.verify(checkpoint, ("model",), ranks, report)
     tp_size = current_mesh().sizes["tp"]
-    what = f"load the weights of {path}"
-
-    def load() -> restore.ModulePlan:
-        return restore.plan_module(checkpoint, targets, parameters, tp_size, strict)
-
     plans: list[restore.ModulePlan] = []
-    ranks.together(what, lambda: plans.append(load()))
-    ranks.together(what, lambda: restore.copy_module(checkpoint, plans[0], report))
+
+    def plan() -> list[Want]:
+        plans.append(restore.plan_module(checkpoint, targets, parameters, tp_size, strict))
+        return plans[0].wants
+
+    kinds = ("model",) if verify else ()
+    reader.load(checkpoint, plan, kinds, f"load the weights of {path}", ranks, progress or _silent)
     return plans[0].missing, plans[0].unexpected
 
 
@@ -193,16 +192,15 @@ def load_optimizer_state(
     Raises:
         CheckpointError: damaged, without optimizer state, or of other optimizers.
     """
-    report = progress or _silent
     ranks = Ranks()
     checkpoint = _open(path, ranks)
-    if verify:
-        reader.verify(checkpoint, ("optimizer", "trainer"), ranks, report)
     tp_size = current_mesh().sizes["tp"]
-    ranks.together(
-        f"load the optimizer state of {path}",
-        lambda: restore.load_optimizers(checkpoint, optimizers, parameters, tp_size, report),
-    )
+
+    def plan() -> list[Want]:
+        return restore.plan_optimizers(checkpoint, optimizers, parameters, tp_size)
+
+    kinds = ("optimizer", "trainer") if verify else ()
+    reader.load(checkpoint, plan, kinds, f"load the optimizer state of {path}", ranks, progress or _silent)
 
 
 def check_trainer_state(values: Mapping[str, Any]) -> None:
@@ -219,13 +217,20 @@ def read_full_state(path: str | Path, *, verify: bool = True) -> dict[str, Tenso
 
     Tied names share one tensor. For exports and for tools: it needs the memory of the whole model.
     """
-    checkpoint = Checkpoint(Path(path))
-    if verify:
-        checkpoint.check_listing()
-        for name in checkpoint.files(("model",)):
-            checkpoint.check_hash(name)
+    checkpoint = Checkpoint(path)
     names = [name for name in checkpoint.manifest.tensors if name.startswith("model/")]
-    full = {name: checkpoint.read_tensor(name) for name in names}
+    full: dict[str, Tensor] = {}
+
+    def plan() -> list[Want]:
+        wants = []
+        for name in names:
+            record = checkpoint.manifest.tensors[name]
+            full[name] = torch.empty(record.shape, dtype=record.dtype)
+            wants += checkpoint.wants(record, boxes.whole(record.shape), full[name])
+        return wants
+
+    kinds = ("model",) if verify else ()
+    reader.load(checkpoint, plan, kinds, f"read {path}", Ranks.alone(), _silent)
     full.update({alias: full[name] for alias, name in checkpoint.manifest.aliases.items()})
     return {name.removeprefix("model/"): tensor for name, tensor in full.items()}
 
@@ -242,18 +247,18 @@ def verify_checkpoint(path: str | Path, progress: Progress | None = None, ranks:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a committed checkpoint folder of ours (its contents are not verified)."""
-    return commit.is_committed(Path(path)) or commit.is_committed(commit.replaced(Path(path)))
+    return storage.place(path).is_committed()
 
 
 def remove_checkpoint(path: str | Path) -> None:
     """Deletes a checkpoint, un-committing it first by a rename; one rank calls it. No error if there is none."""
-    commit.remove(Path(path))
+    storage.place(path).remove()
 
 
 def _open(path: str | Path, ranks: Ranks) -> Checkpoint:
     """Opens a checkpoint on every rank, or on none. Collective."""
     opened: list[Checkpoint] = []
-    ranks.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(Path(path))))
+    ranks.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(path)))
     return opened[0]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuron_lightning.checkpoint import commit, manifest
+from neuron_lightning.checkpoint import commit, manifest, storage
+from neuron_lightning.checkpoint.storage import Folder
 from neuron_lightning.errors import CheckpointError
 
+_LOOK_INTO = 64 << 20
 _STEP = re.compile(rb'"step":(\d+)')
 _STEP_IN_NAME = re.compile(r"step=(\d+)")
 
@@ -41,13 +44,13 @@ def list_checkpoints(parent: str | Path) -> list[CheckpointInfo]:
         CheckpointError: ``parent`` cannot be read; one that does not exist holds no checkpoint.
     """
     found = []
-    for path in commit.committed_in(Path(parent)):
-        folder = commit.locate(path)
+    for path in storage.committed_in(parent):
+        folder = storage.place(path).open()
         try:
             step, epoch = manifest.read_position(folder)
-            found.append(CheckpointInfo(step, str(path), epoch))
+            found.append(CheckpointInfo(step, path, epoch))
         except CheckpointError as error:
-            found.append(CheckpointInfo(_guess_step(folder), str(path), None, str(error)))
+            found.append(CheckpointInfo(_guess_step(folder), path, None, str(error)))
     return sorted(found, key=_age)
 
 
@@ -56,10 +59,9 @@ def _age(info: CheckpointInfo) -> tuple[bool, int, str]:
     return unknown, -1 if info.step is None else info.step, info.path
 
 
-def _guess_step(folder: Path) -> int | None:
-    try:
-        raw = (folder / commit.MANIFEST).read_bytes()
-    except OSError:
-        raw = b""
+def _guess_step(folder: Folder) -> int | None:
+    raw = b""
+    with contextlib.suppress(CheckpointError), folder.open(commit.MANIFEST) as reader:
+        raw = reader.read(0, min(reader.size, _LOOK_INTO))
     inside, named = _STEP.search(raw), _STEP_IN_NAME.search(folder.name)
     return int(inside[1]) if inside else int(named[1]) if named else None

@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from neuron_lightning.checkpoint import commit, output, tensor_file, typed_json
+from neuron_lightning.checkpoint import output, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box, cover, intersect, whole
 from neuron_lightning.checkpoint.commit import MANIFEST
+from neuron_lightning.checkpoint.storage import Folder, LocalFolder
 from neuron_lightning.errors import CheckpointError
 
 FORMAT = "neuron_lightning.checkpoint"
@@ -177,30 +178,30 @@ def _damaged(where: str, error: Exception) -> CheckpointError:
     )
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Folder | Path) -> Manifest:
     """The manifest of a committed folder. Raises :class:`CheckpointError`."""
-    path = folder / MANIFEST
-    return parse(_read_bytes(path), str(path))
+    raw, where = _read_bytes(folder)
+    return parse(raw, where)
 
 
-def read_position(folder: Path) -> tuple[int | None, int | None]:
+def read_position(folder: Folder | Path) -> tuple[int | None, int | None]:
     """(step, epoch) of a committed folder whose manifest matches its digest. Raises :class:`CheckpointError`."""
-    path = folder / MANIFEST
-    raw = _read_bytes(path)
+    raw, where = _read_bytes(folder)
     try:
-        body = _unseal(raw, str(path))
+        body = _unseal(raw, where)
         return _optional_int(body["step"]), _optional_int(body["epoch"])
     except _DAMAGE as error:
-        raise _damaged(str(path), error) from error
+        raise _damaged(where, error) from error
 
 
-def _read_bytes(path: Path) -> bytes:
-    if (size := commit.require_regular(path)) > _MAX_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes; no manifest is larger than {_MAX_BYTES}.")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def _read_bytes(folder: Folder | Path) -> tuple[bytes, str]:
+    opened = LocalFolder(folder) if isinstance(folder, Path) else folder
+    with opened.open(MANIFEST) as reader:
+        if reader.size > _MAX_BYTES:
+            raise CheckpointError(
+                f"{reader.where} has {reader.size} bytes; no manifest has over {_MAX_BYTES}."
+            )
+        return reader.read(0, reader.size), reader.where
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:

@@ -74,23 +74,27 @@ class LocalSink(Sink):
         return self._handle
 
 
-class _Hasher:
-    """A hash in a thread of its own. (Not an executor's: those take no work while the interpreter ends.)"""
+class Hasher:
+    """A hash in a thread of its own. (Not an executor's: those take no work while the interpreter ends.)
 
-    def __init__(self) -> None:
-        self._digest = hashlib.new(ALGORITHM)
-        self._queue: Queue[memoryview | None] = Queue(maxsize=_LAG)
+    Args:
+        algorithm: a name that :mod:`hashlib` knows.
+    """
+
+    def __init__(self, algorithm: str = ALGORITHM) -> None:
+        self._digest = hashlib.new(algorithm)
+        self._queue: Queue[tuple[memoryview, Callable[[], None] | None] | None] = Queue(maxsize=_LAG)
         self._thread: Thread | None = None
 
-    def update(self, data: memoryview) -> None:
-        """Adds ``data``, which must not change before :meth:`close`."""
+    def update(self, data: memoryview, done: Callable[[], None] | None = None) -> None:
+        """Adds ``data``, which must not change before ``done`` is called, or before :meth:`close`."""
         if self._thread is None:
             if len(data) < _SMALL:
-                self._digest.update(data)
+                self._add(data, done)
                 return
             self._thread = Thread(target=self._work, name="checkpoint-hash", daemon=True)
             self._thread.start()
-        self._queue.put(data)
+        self._queue.put((data, done))
 
     def close(self) -> str:
         """The hash of everything, in hexadecimal."""
@@ -101,8 +105,13 @@ class _Hasher:
         return self._digest.hexdigest()
 
     def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            self._digest.update(data)
+        while (item := self._queue.get()) is not None:
+            self._add(*item)
+
+    def _add(self, data: memoryview, done: Callable[[], None] | None) -> None:
+        self._digest.update(data)
+        if done is not None:
+            done()
 
 
 class HashedFile:
@@ -116,7 +125,7 @@ class HashedFile:
     def __init__(self, sink: Sink, on_bytes: Callable[[int], None] | None = None) -> None:
         self._sink = sink
         self._on_bytes = on_bytes
-        self._hash = _Hasher()
+        self._hash = Hasher()
         self._small: list[memoryview] = []
         self._small_size = 0
         self.size = 0

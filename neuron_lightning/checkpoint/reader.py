@@ -1,55 +1,61 @@
-"""Reads committed folders: checks them, and copies any box of any tensor from whatever boxes are stored."""
+"""Committed checkpoints: what they hold, and whether they still hold it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_lightning.checkpoint import boxes, commit, manifest, tensor_file, typed_json
+from neuron_lightning.checkpoint import boxes, commit, manifest, storage, transfer, typed_json
 from neuron_lightning.checkpoint.boxes import Box
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import TensorRecord
-from neuron_lightning.checkpoint.tensor_file import TensorReader
+from neuron_lightning.checkpoint.tensor_file import Layout
+from neuron_lightning.checkpoint.transfer import Want
 from neuron_lightning.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]
 
 
 class Checkpoint:
-    """A committed folder with a manifest that matches its own digest.
+    """A committed checkpoint with a manifest that matches its own digest.
 
     Args:
-        path: the checkpoint's name.
+        path: the checkpoint's name, or its URL.
+
+    Attributes:
+        folder: its files.
+        manifest: what they hold.
 
     Raises:
         CheckpointError: there is none, or its manifest is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.folder = commit.locate(path)
+    def __init__(self, path: str | Path) -> None:
+        self.folder = storage.place(path).open()
         self.manifest = manifest.read(self.folder)
-        self._open: dict[str, TensorReader] = {}
+        self._layouts: dict[str, Layout] = {}
 
     def files(self, kinds: Collection[str]) -> list[str]:
         """Names of the files of some kinds."""
         return [name for name, record in self.manifest.files.items() if record.kind in kinds]
 
+    def file(self, base: str) -> str | None:
+        """The name under which ``base`` is stored; None if it is not. (Object stores add the attempt's id.)"""
+        return next((name for name in self.manifest.files if storage.base_name(name) == base), None)
+
     def check_listing(self) -> None:
         """Checks that the folder holds the files that the manifest lists, with their sizes, and no others."""
         for name, record in self.manifest.files.items():
-            if (size := commit.require_regular(self.folder / name)) != record.size:
-                raise CheckpointError(
-                    f"{self.folder / name} has {size} bytes, the manifest says {record.size}: the checkpoint is damaged; "
-                    "use another one."
-                )
-        known = {commit.MANIFEST, *self.manifest.files}
-        if extra := sorted(entry.name for entry in self.folder.iterdir() if entry.name not in known):
+            if (size := self.folder.size(name)) != record.size:
+                raise transfer.damaged_size(self.folder.where(name), size, record.size)
+        if extra := self.folder.strangers({commit.MANIFEST, *self.manifest.files}):
             raise CheckpointError(
                 f"{self.folder} holds {extra[0]!r}, which its manifest does not list: move it away, or use another "
                 "checkpoint."
@@ -57,10 +63,17 @@ class Checkpoint:
 
     def check_hash(self, name: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Checks one file against its hash. Raises :class:`CheckpointError`, naming it."""
-        record, path = self.manifest.files[name], self.folder / name
-        commit.require_regular(path)
-        if tensor_file.hash_file(path, record.algorithm, on_bytes) != record.hash:
-            raise _damaged(path)
+        transfer.read(self.folder, self.manifest.files, [], [name], on_bytes or _uncounted, {})
+
+    def wants(self, record: TensorRecord, box: Box, into: Tensor) -> list[Want]:
+        """How to put the elements of ``box`` together in ``into``, a tensor of the same shape."""
+        plan, _ = boxes.cover(box, (stored.box for stored in record.boxes))
+        found = []
+        for index, common in plan:
+            stored = record.boxes[index]
+            view = boxes.view(into, common.within(box))
+            found.append(Want(stored, record.dtype, common.within(stored.box), view))
+        return found
 
     def read_box(self, record: TensorRecord, box: Box, into: Tensor) -> int:
         """Copies the elements of ``box`` into a tensor of the same shape, converting its dtype. Returns bytes read.
@@ -68,15 +81,9 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        plan, _ = boxes.cover(box, (stored.box for stored in record.boxes))
-        size = 0
-        for index, common in plan:
-            stored = record.boxes[index]
-            expected = (record.dtype, stored.box.shape)
-            data = self._reader(stored.file).read(stored.key, expected, common.within(stored.box))
-            boxes.view(into, common.within(box)).copy_(data)
-            size += data.numel() * data.element_size()
-        return size
+        wants = self.wants(record, box, into)
+        transfer.read(self.folder, self.manifest.files, wants, [], _uncounted, self._layouts)
+        return sum(want.size for want in wants)
 
     def read_tensor(self, name: str) -> Tensor:
         """A whole global tensor, on the CPU. Raises :class:`CheckpointError` if there is none of that name."""
@@ -87,25 +94,71 @@ class Checkpoint:
         self.read_box(record, boxes.whole(record.shape), tensor)
         return tensor
 
-    def read_document(self, name: str) -> Any:
-        """The value stored as typed JSON in a file; the tensors that it refers to are verified too."""
-        record, path = self.manifest.files[name], self.folder / name
-        commit.require_regular(path)
-        raw = path.read_bytes()
+    def read_document(self, base: str) -> Any:
+        """The value stored as typed JSON in a file; the tensors that it refers to are verified too.
+
+        Raises:
+            CheckpointError: there is no such file, or it is damaged.
+        """
+        name = self.file(base)
+        if name is None:
+            raise CheckpointError(f"{self.folder} holds no {base}.")
+        record = self.manifest.files[name]
+        with self.folder.open(name) as reader:
+            raw = reader.read(0, reader.size)
+            where = reader.where
         if len(raw) != record.size or hashlib.new(record.algorithm, raw).hexdigest() != record.hash:
-            raise _damaged(path)
+            raise CheckpointError(
+                f"{where} does not match its hash in the manifest: the file is damaged; use another checkpoint."
+            )
         beside = name.removesuffix(".json") + ".safetensors"
         if beside in self.manifest.files:
             self.check_hash(beside)
         try:
             return typed_json.decode(json.loads(raw), self.read_tensor)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not the JSON that this package writes: {error}") from error
+            raise CheckpointError(f"{where} is not the JSON that this package writes: {error}") from error
 
-    def _reader(self, name: str) -> TensorReader:
-        if name not in self._open:
-            self._open[name] = TensorReader(self.folder / name)
-        return self._open[name]
+
+def load(
+    checkpoint: Checkpoint,
+    plan: Callable[[], Sequence[Want]],
+    kinds: Iterable[str],
+    what: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
+    """Copies what every rank wants; each file of some kinds is checked by the rank that reads most of it. Collective.
+
+    Args:
+        checkpoint: opened on every rank.
+        plan: what this rank wants; called once; may fail on one rank only.
+        kinds: of files whose hashes are checked, whoever wants them; none to trust them.
+        what: what is being done, for messages.
+        ranks: who loads together.
+        progress: called with the stage ``read``.
+
+    Raises:
+        CheckpointError: on all ranks; if a file is damaged, local tensors may be half changed.
+    """
+    kept: list[Sequence[Want]] = []
+    files, checked = checkpoint.manifest.files, checkpoint.files(tuple(kinds))
+
+    def ask() -> dict[str, int]:
+        if ranks.rank == 0 and checked:
+            checkpoint.check_listing()
+        kept.append(plan())
+        sizes: dict[str, int] = {}
+        for want in kept[0]:
+            sizes[want.stored.file] = sizes.get(want.stored.file, 0) + want.size
+        return sizes
+
+    wanted = ranks.together(what, ask)
+    mine = _share_out(checked, {name: files[name].size for name in checked}, wanted)[ranks.rank]
+    total = sum(files[name].size for name in mine)
+    total += sum(size for name, size in wanted[ranks.rank].items() if name not in mine)
+    with _counted("read", total, progress) as count, torch.no_grad():
+        ranks.together(what, lambda: transfer.read(checkpoint.folder, files, kept[0], mine, count, {}))
 
 
 def verify(checkpoint: Checkpoint, kinds: Iterable[str], ranks: Ranks, progress: Progress) -> None:
@@ -114,26 +167,47 @@ def verify(checkpoint: Checkpoint, kinds: Iterable[str], ranks: Ranks, progress:
     Raises:
         CheckpointError: on all ranks, naming the first damaged file.
     """
-    names = sorted(checkpoint.files(tuple(kinds)), key=lambda n: (-checkpoint.manifest.files[n].size, n))
-    mine = names[ranks.rank :: ranks.size]
-    total = sum(checkpoint.manifest.files[name].size for name in mine)
-    done = 0
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        progress("verify", done, total)
+    files, names = checkpoint.manifest.files, checkpoint.files(tuple(kinds))
+    sizes = {name: files[name].size for name in names}
+    mine = _share_out(names, sizes, [{} for _ in range(ranks.size)])[ranks.rank]
 
     def work() -> None:
         if ranks.rank == 0:
             checkpoint.check_listing()
-        for name in mine:
-            checkpoint.check_hash(name, count)
+        with _counted("verify", sum(sizes[name] for name in mine), progress) as count:
+            transfer.read(checkpoint.folder, files, [], mine, count, {})
 
     ranks.together(f"verify the checkpoint {checkpoint.folder}", work)
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} does not match its hash in the manifest: the file is damaged; use another checkpoint."
-    )
+def _share_out(
+    names: Iterable[str], sizes: dict[str, int], wanted: Sequence[dict[str, int]]
+) -> list[list[str]]:
+    """By rank, the files that it checks: so that all ranks read about the same number of bytes in all."""
+    load = [sum(sizes_of_rank.values()) for sizes_of_rank in wanted]
+    mine: list[list[str]] = [[] for _ in wanted]
+    for name in sorted(names, key=lambda n: (-sizes[n], n)):
+        more = [sizes[name] - wanted_by.get(name, 0) for wanted_by in wanted]
+        rank = min(range(len(wanted)), key=lambda r: (load[r] + more[r], r))
+        load[rank] += more[rank]
+        mine[rank].append(name)
+    return mine
+
+
+@contextlib.contextmanager
+def _counted(stage: str, total: int, progress: Progress) -> Any:
+    """A counter of bytes that reports how far it is."""
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done = min(total, done + size)
+        progress(stage, done, total)
+
+    progress(stage, 0, total)
+    yield count
+    progress(stage, total, total)
+
+
+def _uncounted(size: int) -> None:
+    """Progress that nobody looks at."""

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, state
-from neuron_lightning.checkpoint.boxes import Placement
+from neuron_lightning.checkpoint.manifest import TensorRecord
 from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.state import Names
+from neuron_lightning.checkpoint.transfer import Want
 from neuron_lightning.errors import CheckpointError
 
-Progress = Callable[[str, int, int], None]
 _SHOWN = 5
 
 
 @dataclasses.dataclass
 class ModulePlan:
-    """What goes where: (placement, stored name, local tensor), and the names on one side only."""
+    """What goes where, and the names on one side only."""
 
-    copies: list[tuple[Placement, str, Tensor]]
+    wants: list[Want]
     missing: list[str]
     unexpected: list[str]
 
@@ -58,7 +58,8 @@ def plan_module(
                     f"{place.name} is {record.shape} in the checkpoint and {place.global_shape} in the module"
                 )
             else:
-                plan.copies.append((place, stored, tensor.detach()))
+                into = boxes.view(tensor.detach(), place.local)
+                plan.wants += checkpoint.wants(record, place.box, into)
     there = [*checkpoint.manifest.tensors, *checkpoint.manifest.aliases]
     plan.unexpected = [n.removeprefix("model/") for n in there if n.startswith("model/") and n not in known]
     if wrong or (strict and (plan.missing or plan.unexpected)):
@@ -66,28 +67,17 @@ def plan_module(
     return plan
 
 
-def copy_module(checkpoint: Checkpoint, plan: ModulePlan, progress: Progress) -> None:
-    """Copies what was planned, in place."""
-    total = sum(place.box.numel * tensor.element_size() for place, _, tensor in plan.copies)
-    done = 0
-    progress("read", 0, total)
-    with torch.no_grad():
-        for place, stored, tensor in plan.copies:
-            record = checkpoint.manifest.resolve(stored)
-            if record is not None:
-                checkpoint.read_box(record, place.box, boxes.view(tensor, place.local))
-            done += place.box.numel * tensor.element_size()
-            progress("read", done, total)
-
-
-def load_optimizers(
+def plan_optimizers(
     checkpoint: Checkpoint,
     optimizers: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
     tp_size: int,
-    progress: Progress,
-) -> None:
-    """Gives optimizers their state and hyper-parameters. Raises :class:`CheckpointError`."""
+) -> list[Want]:
+    """Gives optimizers their hyper-parameters, numbers and room for their state; what is to be read into it.
+
+    Raises:
+        CheckpointError: no optimizer state, or of other optimizers.
+    """
     stored = checkpoint.read_document(TRAINER_FILE)["optimizers"]
     names = Names(parameters)
     if len(stored) != len(optimizers):
@@ -97,57 +87,79 @@ def load_optimizers(
         )
     for index, optimizer in enumerate(optimizers):
         _check_groups(checkpoint, index, stored[index], state.group_options(optimizer, parameters))
-        pieces = state.export(optimizer)
-        total = sum(piece.stop - piece.start for piece in pieces)
-        done, loaded = 0, []
-        for piece in pieces:
-            loaded.append(_load_piece(checkpoint, index, piece, names.name_of(piece.param), tp_size))
-            done += piece.stop - piece.start
-            progress("read", done, total)
-        optimizer.import_state(loaded)
+    wants: list[Want] = []
+    for index, optimizer in enumerate(optimizers):
+        sources = []
+        for piece in state.export(optimizer):
+            found = _Stored(checkpoint, index, piece, names.name_of(piece.param), tp_size)
+            optimizer.import_state([found.with_room()])
+            sources.append(found)
+        for piece, found in zip(state.export(optimizer), sources, strict=True):
+            wants += found.wants(piece)
         for group, saved in zip(optimizer.param_groups, stored[index], strict=True):
             group.update(saved["options"])
+    return wants
 
 
-def _load_piece(checkpoint: Checkpoint, index: int, piece: Any, name: str, tp_size: int) -> Any:
-    """The piece with the stored tensors and scalars of its parameter."""
-    canonical = [p.name for p in boxes.placements(name, piece.param, tp_size)]
-    owners = [f"optimizer.{index}/{c}" for c in dict.fromkeys(canonical)]
-    sources = {key: f"optimizer.{index}/{{}}/{key}" for key in _stored_keys(checkpoint, owners)}
-    if "master" not in piece.tensors:
-        sources.pop("master", None)
-    else:
-        sources.setdefault("master", "model/{}")
-    places = boxes.flat_placements(name, piece.param, tp_size, piece.start, piece.stop)
-    tensors = {key: _load_flat(checkpoint, piece, places, key, source) for key, source in sources.items()}
-    scalars = next((checkpoint.manifest.scalars[o] for o in owners if o in checkpoint.manifest.scalars), {})
-    return dataclasses.replace(piece, tensors=tensors, scalars=dict(scalars))
+class _Stored:
+    """What a checkpoint holds of one piece of an optimizer's state. Raises :class:`CheckpointError`."""
+
+    def __init__(self, checkpoint: Checkpoint, index: int, piece: Any, name: str, tp_size: int) -> None:
+        self._checkpoint, self._piece = checkpoint, piece
+        self._places = boxes.flat_placements(name, piece.param, tp_size, piece.start, piece.stop)
+        canonical = [p.name for p in boxes.placements(name, piece.param, tp_size)]
+        self._owners = [f"optimizer.{index}/{c}" for c in dict.fromkeys(canonical)]
+        sources = {key: f"optimizer.{index}/{{}}/{key}" for key in _stored_keys(checkpoint, self._owners)}
+        if "master" not in piece.tensors:
+            sources.pop("master", None)
+        else:
+            sources.setdefault("master", "model/{}")
+        self._records = {key: self._find(source) for key, source in sources.items()}
+
+    def with_room(self) -> Any:
+        """The piece with its stored numbers, and tensors that are yet to be filled.
+
+        What nobody stores (padding) keeps its present value, or is zero.
+        """
+        length = self._piece.stop - self._piece.start
+        tensors = {}
+        for key, records in self._records.items():
+            dtype = records[0].dtype if records else torch.float32
+            present = self._piece.tensors.get(key)
+            tensors[key] = torch.zeros((), dtype=dtype).expand(length) if present is None else present
+        stored = self._checkpoint.manifest.scalars
+        scalars = next((stored[owner] for owner in self._owners if owner in stored), {})
+        return dataclasses.replace(self._piece, tensors=tensors, scalars=dict(scalars))
+
+    def wants(self, piece: Any) -> list[Want]:
+        """What to read into the live tensors of the piece."""
+        found = []
+        for key, records in self._records.items():
+            for place, record in zip(self._places, records, strict=True):
+                flat = piece.tensors[key].detach()
+                into = boxes.flat_view(flat, piece.start, tuple(piece.param.shape), place.local)
+                found += self._checkpoint.wants(record, place.box, into)
+        return found
+
+    def _find(self, source: str) -> list[TensorRecord]:
+        """The stored tensor for each place of the piece."""
+        records = []
+        for place in self._places:
+            record = self._checkpoint.manifest.resolve(source.format(place.name))
+            if record is None or record.shape != place.global_shape:
+                found = "nothing" if record is None else f"shape {record.shape}"
+                raise CheckpointError(
+                    f"{self._checkpoint.folder} holds {found} for {source.format(place.name)}, whose shape is "
+                    f"{place.global_shape}: it is a checkpoint of another model or optimizer."
+                )
+            records.append(record)
+        return records
 
 
 def _stored_keys(checkpoint: Checkpoint, owners: Sequence[str]) -> list[str]:
     """State keys of a parameter that the checkpoint holds."""
     split = (stored.rpartition("/") for stored in checkpoint.manifest.tensors)
     return sorted({key for owner, _, key in split if owner in owners})
-
-
-def _load_flat(
-    checkpoint: Checkpoint, piece: Any, places: Sequence[Placement], key: str, source: str
-) -> Tensor:
-    """One flat state tensor of a piece; what nobody stores (padding) keeps its present value, or is zero."""
-    flat = piece.tensors.get(key)
-    records = [checkpoint.manifest.resolve(source.format(place.name)) for place in places]
-    dtype = next((record.dtype for record in records if record is not None), torch.float32)
-    loaded = state.dense_like(flat, piece.stop - piece.start, dtype)
-    for place, record in zip(places, records, strict=True):
-        if record is None or record.shape != place.global_shape:
-            found = "nothing" if record is None else f"shape {record.shape}"
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {found} for {source.format(place.name)}, whose shape is {place.global_shape}: "
-                "it is a checkpoint of another model or optimizer."
-            )
-        into = boxes.flat_view(loaded, piece.start, tuple(piece.param.shape), place.local)
-        checkpoint.read_box(record, place.box, into)
-    return loaded
 
 
 def _check_groups(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, tensor_file
@@ -201,8 +200,3 @@ def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> lis
         }
         for group in optimizer.param_groups
     ]
-
-
-def dense_like(flat: Tensor | None, numel: int, dtype: torch.dtype) -> Tensor:
-    """A flat CPU tensor to load into: a copy of what the optimizer has now, or zeros."""
-    return torch.zeros(numel, dtype=dtype) if flat is None else flat.detach().to("cpu", copy=True)

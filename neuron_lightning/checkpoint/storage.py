@@ -1,21 +1,142 @@
 """Where checkpoints live: on a file system of this machine, or behind an fsspec URL.
 
 A :class:`Place` is one checkpoint's name. It knows how files get there, how they become a checkpoint, and how they
-are read. File systems commit by a rename (:mod:`commit`); object stores, which have none, by the manifest's own put
-(:mod:`remote`).
+are read again. File systems commit by a rename (:mod:`commit`); object stores, which have none, by the manifest's own
+put (:mod:`remote`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
+from types import TracebackType
 
 from neuron_lightning.checkpoint import commit, points
 from neuron_lightning.checkpoint.output import LocalSink, Sink, write_bytes
 from neuron_lightning.errors import CheckpointError
 
 _LOCAL_SCHEMES = ("file://", "local://")
+_AHEAD = 32 << 20
+_ATTEMPT = re.compile(r"^attempt-[0-9a-f]{16}\.")
+
+
+class FileReader(ABC):
+    """One open file of a checkpoint.
+
+    Attributes:
+        where: its path or URL, for messages.
+        size: bytes in it.
+    """
+
+    where: str
+    size: int
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read_into(self, offset: int, data: memoryview) -> None:
+        """Fills ``data`` with the bytes from ``offset`` on. Raises :class:`CheckpointError` if there are fewer."""
+        if offset + len(data) > self.size:
+            raise CheckpointError(f"{self.where} ends before {offset + len(data)} bytes: it is damaged.")
+        self._fill(offset, data)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Some of its bytes. Raises :class:`CheckpointError` if there are fewer."""
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives it back."""
+
+    @abstractmethod
+    def _fill(self, offset: int, data: memoryview) -> None:
+        """Reads exactly ``data``, which lies inside the file."""
+
+
+class LocalReader(FileReader):
+    """A regular file, read without following links; the disk is kept busy ahead of the reading."""
+
+    def __init__(self, path: Path) -> None:
+        commit.require_regular(path)
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        self.where = str(path)
+        self.size = os.fstat(self._handle).st_size
+        self._asked = 0
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def _fill(self, offset: int, data: memoryview) -> None:
+        self._ask_ahead(offset + len(data))
+        while data:
+            count = os.preadv(self._handle, [data], offset)
+            if not count:
+                raise CheckpointError(f"{self.where} became shorter while it was read.")
+            offset, data = offset + count, data[count:]
+
+    def _ask_ahead(self, end: int) -> None:
+        if end + _AHEAD // 2 > self._asked:
+            start = max(self._asked, end)
+            os.posix_fadvise(self._handle, start, _AHEAD, os.POSIX_FADV_WILLNEED)
+            self._asked = start + _AHEAD
+
+
+class Folder(ABC):
+    """The files of a committed checkpoint.
+
+    Attributes:
+        name: path or URL.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def where(self, file: str) -> str:
+        """Path or URL of a file, for messages."""
+        return f"{self.name}/{file}"
+
+    @abstractmethod
+    def open(self, file: str) -> FileReader:
+        """Opens a file. Raises :class:`CheckpointError` if it is missing or no regular file."""
+
+    @abstractmethod
+    def size(self, file: str) -> int:
+        """Bytes in a file. Raises :class:`CheckpointError` if it is missing or no regular file."""
+
+    @abstractmethod
+    def strangers(self, known: set[str]) -> list[str]:
+        """Names of what is there besides ``known`` and besides what an interrupted save may leave."""
+
+
+class LocalFolder(Folder):
+    """A folder of a POSIX file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+
+    def open(self, file: str) -> FileReader:
+        return LocalReader(self.path / file)
+
+    def size(self, file: str) -> int:
+        return commit.require_regular(self.path / file)
+
+    def strangers(self, known: set[str]) -> list[str]:
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
 
 
 class Place(ABC):
@@ -26,6 +147,14 @@ class Place(ABC):
     """
 
     name: str
+
+    @abstractmethod
+    def is_committed(self) -> bool:
+        """Whether there is a checkpoint (its contents are not looked at)."""
+
+    @abstractmethod
+    def open(self) -> Folder:
+        """The files of the committed checkpoint. Raises :class:`CheckpointError` if there is none."""
 
     @abstractmethod
     def prepare(self) -> str:
@@ -74,6 +203,12 @@ class LocalPlace(Place):
         self.path = Path(os.path.abspath(path))
         self.name = str(self.path)
 
+    def is_committed(self) -> bool:
+        return commit.is_committed(self.path) or commit.is_committed(commit.replaced(self.path))
+
+    def open(self) -> Folder:
+        return LocalFolder(commit.locate(self.path))
+
     def prepare(self) -> str:
         commit.prepare(self.path)
         return ""
@@ -111,7 +246,35 @@ class LocalPlace(Place):
 
 def place(path: str | Path) -> Place:
     """The place of that name: a path, a ``file://`` URL, or any other URL that fsspec knows."""
+    text = _without_local_scheme(path)
+    if "://" not in text:
+        return LocalPlace(Path(text))
+    from neuron_lightning.checkpoint.remote import RemotePlace
+
+    return RemotePlace(text)
+
+
+def committed_in(parent: str | Path) -> list[str]:
+    """Names of the committed checkpoints directly in a folder, links left out; none if it is not there.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    text = _without_local_scheme(parent)
+    if "://" not in text:
+        return [str(path) for path in commit.committed_in(Path(text))]
+    from neuron_lightning.checkpoint import remote
+
+    return remote.committed_in(text)
+
+
+def base_name(name: str) -> str:
+    """The name of a file without the id of the attempt that wrote it."""
+    return _ATTEMPT.sub("", name)
+
+
+def _without_local_scheme(path: str | Path) -> str:
     text = os.fspath(path)
     for scheme in _LOCAL_SCHEMES:
         text = text.removeprefix(scheme)
-    return LocalPlace(Path(text))
+    return text

@@ -7,25 +7,22 @@ library because the library cannot hash what it writes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from neuron_lightning.checkpoint import commit
-from neuron_lightning.checkpoint.boxes import Box
+from neuron_lightning.checkpoint.storage import FileReader
 from neuron_lightning.errors import CheckpointError
 
 ALGORITHMS = ("sha256", "sha512", "blake2b")
-_CHUNK = 8 << 20
+_MAX_HEADER = 100_000_000
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, struct.error)
 SLAB = 32 << 20
 """Bytes that are copied to host memory at a time."""
 
@@ -47,6 +44,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 DTYPE_NAMES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -112,7 +110,10 @@ def host_bytes(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     host = tensor.detach().to("cpu").contiguous()
-    data: memoryview = host.reshape(-1).view(torch.uint8).numpy().data
+    flat = host.as_strided(
+        (host.numel(),), (1,)
+    )  # a contiguous tensor may have odd strides where it has one element
+    data: memoryview = flat.view(torch.uint8).numpy().data
     return data
 
 
@@ -127,55 +128,42 @@ def host_pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield host_bytes(tensor.narrow(0, start, min(step, rows - start)))
 
 
-def hash_file(path: Path, algorithm: str, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hash of a file's contents, in hexadecimal."""
-    digest = hashlib.new(algorithm)
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            if on_bytes is not None:
-                on_bytes(count)
-    return digest.hexdigest()
+def read_layout(reader: FileReader) -> Layout:
+    """The layout of an existing file.
 
-
-class TensorReader:
-    """Slices of the tensors in one safetensors file.
-
-    Args:
-        path: a regular file.
+    Raises:
+        CheckpointError: the header is not one that describes this file byte for byte.
     """
+    try:
+        (length,) = struct.unpack("<Q", reader.read(0, 8))
+        if length > min(_MAX_HEADER, reader.size - 8):
+            raise ValueError(f"a header of {length} bytes")
+        header = reader.read(0, 8 + length)
+        entries = _entries(json.loads(header[8:]))
+        end = 0
+        for entry in entries:
+            if entry.offset != end:
+                raise ValueError(f"{entry.key[:200]} does not start where the tensor before it ends")
+            end += entry.size
+        if len(header) + end != reader.size:
+            raise ValueError(f"{end} bytes of tensors, but {reader.size - len(header)} follow the header")
+    except (CheckpointError, *_DAMAGE) as error:
+        raise CheckpointError(
+            f"{reader.where} is not a safetensors file ({str(error)[:300]}): the checkpoint is damaged."
+        ) from error
+    return Layout(header, tuple(entries), end)
 
-    def __init__(self, path: Path) -> None:
-        commit.require_regular(path)
-        self.path = path
-        try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a safetensors file ({error}): the checkpoint is damaged."
-            ) from error
 
-    def read(self, key: str, expected: tuple[torch.dtype, tuple[int, ...]], box: Box | None = None) -> Tensor:
-        """The elements of ``box`` (default: all) of the tensor ``key``, on the CPU.
-
-        Raises:
-            CheckpointError: no such key, or not of the expected dtype and shape.
-        """
-        dtype, shape = expected
-        try:
-            stored = self._file.get_slice(key)
-            found = (stored.get_dtype(), tuple(stored.get_shape()))
-            if found != (DTYPES[dtype], shape):
-                raise CheckpointError(
-                    f"{self.path}: {key} is {found[0]} {found[1]}, but the manifest says {DTYPES[dtype]} {shape}."
-                )
-            if box is None or not shape:
-                tensor: Tensor = self._file.get_tensor(key)
-            else:
-                tensor = stored[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: cannot read {key} ({error}): the file is damaged."
-            ) from error
-        return tensor
+def _entries(header: dict[str, Any]) -> list[Entry]:
+    found = []
+    for key, record in header.items():
+        if key == "__metadata__":
+            continue
+        shape, (start, stop) = tuple(record["shape"]), record["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+            raise ValueError(f"{key[:200]}: a shape or offset is not a number of elements or bytes")
+        entry = Entry(key, _DTYPES_BY_CODE[record["dtype"]], shape, start)
+        if stop - start != entry.size:
+            raise ValueError(f"{key[:200]}: {stop - start} bytes for a shape of {str(shape)[:200]}")
+        found.append(entry)
+    return sorted(found, key=lambda entry: (entry.offset, entry.size))

@@ -518,8 +518,9 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     save(tmp_path / "a", Model(), progress=lambda *a: seen.append(a))
     load(tmp_path / "a", Model(2), progress=lambda *a: seen.append(a))
+    checkpoint.verify_checkpoint(tmp_path / "a", progress=lambda *a: seen.append(a))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["prepare", "write", "manifest", "commit", "verify", "read"]
+    assert stages == ["prepare", "write", "manifest", "commit", "read", "verify"]
     for stage in ("write", "verify", "read"):
         last = [(done, total) for s, done, total in seen if s == stage][-1]
         assert last[0] == last[1] > 0
