@@ -108,6 +108,11 @@ def completed_batches(trainer: Trainer) -> int:
     return int(progress.completed) + int(uncounted)
 
 
+def batches_trained(trainer: Trainer) -> int:
+    """Batches of the current epoch that this run has trained on."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
 def begin_next_epoch(trainer: Trainer) -> None:
     """Makes a fit that was resumed from the end of an epoch start the next one as an uninterrupted fit does.
 
@@ -194,3 +199,42 @@ def choose_checkpoint_late(trainer: Trainer, resolve: Callable[[Any], Any]) -> N
 
 def _known_best(trainer: Trainer) -> bool:
     return bool(getattr(trainer.checkpoint_callback, "best_model_path", None))
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint of this moment would hold.
+
+    Reason: the public way to it writes it, and a state that cannot be stored should be found before the first step.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def fetched_ahead(trainer: Trainer) -> int:
+    """Batches that the training fetcher holds and has not handed out (it looks ahead where there is no length)."""
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+
+
+def set_completed_batches(trainer: Trainer, count: int) -> None:
+    """Restates the place in the epoch of a fit that is being resumed in batches of another size."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    progress.current.ready = progress.current.started = progress.current.processed = count
+    uncounted = progress.total.processed - progress.total.completed
+    progress.current.completed = count - uncounted
+
+
+LOADER_STATES = "combined_loader"
+
+
+def take_loader_states(loops: dict[str, Any]) -> list[Any]:
+    """Removes and returns the states of stateful loaders from a checkpoint's loops.
+
+    Reason: Lightning keeps rank 0's, but data-parallel ranks read different samples.
+    """
+    states: list[Any] = loops["fit_loop"]["state_dict"].pop(LOADER_STATES, [])
+    return states
+
+
+def put_loader_states(loops: dict[str, Any], states: list[Any]) -> None:
+    """The way back, for this rank."""
+    if states:
+        loops["fit_loop"]["state_dict"][LOADER_STATES] = states

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from neuron_lightning.backends import get_backend
 from neuron_lightning.config import AsyncSave, NeuronConfig
 from neuron_lightning.errors import ConfigError, ParallelStateError
-from neuron_lightning.lightning import failures, internals, internals_loops, processes, resume
+from neuron_lightning.lightning import drift, failures, internals, internals_loops, processes, resume
 from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
 from neuron_lightning.lightning.folder_lock import FolderLocks
 from neuron_lightning.lightning.model_setup import prepare_module, report_layout
@@ -29,7 +29,7 @@ from neuron_lightning.lightning.saving import Saves
 from neuron_lightning.lightning.settings import StrategySettings
 from neuron_lightning.lightning.strategy_boundary import BoundaryMixin
 from neuron_lightning.lightning.strategy_collectives import CollectivesMixin
-from neuron_lightning.lightning.strategy_data import DataMixin, vocab_size_of
+from neuron_lightning.lightning.strategy_data import vocab_size_of
 from neuron_lightning.lightning.strategy_processes import ProcessesMixin
 from neuron_lightning.lightning.strategy_resume import ResumeMixin
 from neuron_lightning.optim import wrap_optimizer
@@ -45,7 +45,7 @@ class _Active:
     strategy: weakref.ref[NeuronXLAStrategy] | None = None
 
 
-class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, CollectivesMixin):
+class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesMixin):
     """Runs the Trainer on ranks laid out as tensor-parallel × data-parallel, on neuron, cuda or cpu.
 
     Any ``LightningModule`` trains under it, with automatic or manual optimization. Its optimizers are replaced
@@ -71,6 +71,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, C
             checkpoint callbacks, and starts fresh where there is none.
         async_save: write checkpoints in the background, while training goes on; True, or
             :class:`~neuron_lightning.config.AsyncSave` with a memory budget.
+        resume_override: settings in which a resumed run may differ from the one that wrote its checkpoint, such as
+            ``["lr", "hparams.dropout"]``; the values of the resumed run count.
         compile: must be False in this release.
         timeout: of collectives; a rank that waits longer fails.
 
@@ -103,6 +105,7 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, C
         state_dict_type: Literal["deduped", "sharded"] = "deduped",
         auto_resume: bool = False,
         async_save: bool | AsyncSave = False,
+        resume_override: Sequence[str] = (),
         compile: bool = False,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
@@ -127,6 +130,7 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, C
         self._deferred = []
         self._auto_resume = auto_resume
         self._async_save = AsyncSave.from_any(async_save)
+        self._override, self._overridden, self._facts = drift.check_override(resume_override), set(), {}
         self._saves = Saves(self._async_save)
         self._locks = FolderLocks()
         self._prepare_votes()
@@ -230,6 +234,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, C
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            self._placed, self._began, self._position, self._saved_batch = [], (), {}, None
+            self._facts = drift.facts(trainer, self._vocab_size)
         self.setup_precision_plugin()
 
     def model_to_device(self) -> None:
@@ -266,6 +272,8 @@ class NeuronXLAStrategy(ProcessesMixin, DataMixin, BoundaryMixin, ResumeMixin, C
         """Gives a resumed run its random states back."""
         self._training_ended, self._steps_counted = False, False
         internals_loops.begin_next_epoch(self._trainer())
+        self._apply_overrides()
+        self.check_storable()
         self._restore_random_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

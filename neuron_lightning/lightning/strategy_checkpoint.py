@@ -12,21 +12,23 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from neuron_lightning.checkpoint import check_trainer_state, exchange
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.lightning import internals_loops
+from neuron_lightning.lightning.finite import check_finite
 from neuron_lightning.lightning.saving import Saves
+from neuron_lightning.lightning.strategy_data import DataMixin
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.random import get_rng_state
 
 _IN_FOLDER = ("state_dict", "optimizer_states")
 
 
-class CheckpointMixin(ParallelStrategy):
+class CheckpointMixin(DataMixin):
     """Saving, loading and removing of the strategy."""
 
     state_dict_type: str
@@ -97,21 +99,52 @@ class CheckpointMixin(ParallelStrategy):
         if module is None:
             raise CheckpointError("there is no module to save: call trainer.fit(…) first.")
         trainer_state = {key: value for key, value in checkpoint.items() if key not in _IN_FOLDER}
+        loaders = internals_loops.take_loader_states(checkpoint["loops"]) if "loops" in checkpoint else []
         if "optimizer_states" in checkpoint:
             trainer_state["optimizer_states"] = []
+        optimizers = self._stateful() if "optimizer_states" in checkpoint else []
+        parameters = dict(module.named_parameters())
+        check_finite(
+            filepath, checkpoint["state_dict"], parameters, optimizers, checkpoint.get("global_step")
+        )
         fitting = self._trainer().state.fn == TrainerFn.FITTING
         self._saves.write(
             filepath,
             background=fitting and not self._training_ended,
             module_state=checkpoint["state_dict"],
-            parameters=dict(module.named_parameters()),
-            optimizers=self._stateful() if "optimizer_states" in checkpoint else (),
-            trainer_state={**trainer_state, "layout": layout(), "step_done": self._at_boundary},
-            rank_state=_random_states(),
+            parameters=parameters,
+            optimizers=optimizers,
+            trainer_state={**trainer_state, **self._noted()},
+            rank_state={**_random_states(), **self.data_state(), "loaders": loaders},
             state_dict_type=self.state_dict_type,
         )
         self._last_saved_step = checkpoint.get("global_step")
         self._saves.later(lambda: setattr(self, "last_saved", str(filepath)))
+
+    def _noted(self) -> dict[str, Any]:
+        """What the strategy itself needs to know of a checkpoint when a run goes on from it."""
+        trainer = self._trainer()
+        return {
+            "layout": layout(),
+            "step_done": self._at_boundary,
+            "facts": self._facts,
+            "data_position": {
+                "epoch": trainer.current_epoch,
+                "batches": internals_loops.batches_trained(trainer),
+                "batch": self._batch_samples,
+            },
+        }
+
+    def check_storable(self) -> None:
+        """Checks that what checkpoints will hold besides tensors can be stored. All ranks together.
+
+        Raises:
+            CheckpointError: on all ranks, naming callback and key.
+        """
+        trainer = self._trainer()
+        if not trainer.checkpoint_callbacks:
+            return
+        exchange.together("store the state of the run", lambda: check_trainer_state(_storable(trainer)))
 
     def _stateful(self) -> list[Any]:
         return [optimizer for optimizer in self.optimizers if hasattr(optimizer, "export_state")]
@@ -120,6 +153,11 @@ class CheckpointMixin(ParallelStrategy):
         if self.lightning_module is None:
             raise CheckpointError("the strategy is not connected to a module: call trainer.fit(…) first.")
         return self.lightning_module.trainer
+
+
+def _storable(trainer: Any) -> dict[str, Any]:
+    state = internals_loops.dump_checkpoint(trainer)
+    return {key: value for key, value in state.items() if key not in _IN_FOLDER}
 
 
 def layout() -> dict[str, int]:

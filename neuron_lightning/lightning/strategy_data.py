@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader
 
 from neuron_lightning.errors import DataError
-from neuron_lightning.lightning import internals_loops
+from neuron_lightning.lightning import data_position, drift, internals_loops
 from neuron_lightning.models.attention_mask import mark_unpadded
 from neuron_lightning.parallel import mesh
 
@@ -26,6 +27,17 @@ class DataMixin(ParallelStrategy):
     """``distributed_sampler_kwargs``, ``process_dataloader`` and ``batch_to_device`` of the strategy."""
 
     _vocab_size: int | None = None
+    _override: tuple[str, ...]
+    _facts: dict[str, Any]
+    _placed: list[data_position.PlacedSampler]
+    """Of the training loaders, in the order of Lightning's calls."""
+    _placed_at: int = -1
+    _began: Sequence[Any] = ()
+    """What a resumed run's samplers drew their order from, in the same order."""
+    _position: Mapping[str, Any]
+    """Where in the data the checkpoint was written: ``batch`` is the number of samples in its batches."""
+    _saved_batch: int | None = None
+    _batch_samples: int = 0
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -37,17 +49,84 @@ class DataMixin(ParallelStrategy):
         """Lets the training loader of a resumed fit go on after the batches that are already trained on.
 
         The samples are skipped where they are chosen, so nothing is read twice, and ``len()`` stays that of
-        the whole epoch. An iterable dataset cannot be skipped so; Lightning then says that it starts over.
+        the whole epoch.
+
+        Raises:
+            DataError: the epoch's rest cannot be had exactly.
+            ConfigError: the global batch is another one than that of the run that wrote the checkpoint.
         """
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is None or not isinstance(dataloader, DataLoader):
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return dataloader
-        if trainer.state.fn != TrainerFn.FITTING or trainer.state.stage != RunningStage.TRAINING:
+        if trainer.state.stage != RunningStage.TRAINING:
             return dataloader
-        done = internals_loops.completed_batches(trainer)
-        if done and not isinstance(dataloader.dataset, IterableDataset):
-            _skip_batches(dataloader, done, trainer.current_epoch)
+        self._check_global_batch(trainer, dataloader)
+        done = self._batches_done(trainer, dataloader)
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        if data_position.is_stateful(dataloader):
+            if hasattr(dataloader, "__len__"):
+                return dataloader
+            return data_position.SteppedLoader(dataloader, partial(internals_loops.fetched_ahead, trainer))
+        if data_position.is_map_style(dataloader):
+            self._place(trainer, cast("DataLoader[Any]", dataloader), done)
+        elif done and isinstance(dataloader, Sequence):
+            return data_position.RestOf(dataloader, done)
+        elif done and "data" not in self._override:
+            raise data_position.refuse(dataloader, done)
         return dataloader
+
+    def _place(self, trainer: Any, loader: DataLoader[Any], done: int) -> None:
+        placed = data_position.place(loader)
+        if self._placed_at != trainer.current_epoch:  # loaders may be made anew for each epoch
+            self._placed, self._placed_at = [], trainer.current_epoch
+        if placed not in self._placed:
+            self._placed.append(placed)
+        began = self._began[len(self._placed) - 1] if len(self._began) >= len(self._placed) else None
+        if done and done < len(placed):
+            placed.start_at(done, trainer.current_epoch, began)
+
+    def _batches_done(self, trainer: Any, loader: object) -> int:
+        """Batches of this epoch that are trained on, in this run's batches."""
+        done, position = internals_loops.completed_batches(trainer), self._position
+        size = self._samples_in_batch(loader)
+        if not done or not size or not position.get("batch") or size == position["batch"]:
+            return done
+        samples: int = done * position["batch"]
+        if samples % size:
+            raise DataError(
+                f"the checkpoint was written after {samples} samples of the epoch, which is no whole number of this "
+                f"run's batches of {size} (batch size times data-parallel ranks): choose a batch size that divides it."
+            )
+        self._position = {**position, "batch": size}
+        internals_loops.set_completed_batches(trainer, samples // size)
+        return int(samples // size)
+
+    def _check_global_batch(self, trainer: Any, loader: object) -> None:
+        """Notes the samples of an optimizer step, and compares them with the checkpoint's."""
+        module = trainer.lightning_module
+        factor = (
+            trainer.accumulate_grad_batches
+            if module.automatic_optimization
+            else getattr(module, "grad_accum_steps", 1)
+        )
+        self._batch_samples = size = self._samples_in_batch(loader)
+        if not size:
+            return
+        self._facts["global_batch_size"] = size * factor
+        saved, self._saved_batch = self._saved_batch, None
+        if saved is not None:
+            drift.check({"global_batch_size": saved}, self._facts, self._override)
+
+    def _samples_in_batch(self, loader: object) -> int:
+        """Over all data-parallel ranks; 0 where the loader does not say."""
+        batch = getattr(loader, "batch_size", None)
+        if not isinstance(batch, int):
+            batch = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        return batch * mesh.current().sizes["dp"] if isinstance(batch, int) else 0
+
+    def data_state(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data on this rank."""
+        return {"began": [placed.began for placed in self._placed]}
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Checks token ids while the batch is on the host, then moves it to the device.
@@ -114,40 +193,3 @@ def check_token_ids(batch: Any, vocab_size: int) -> None:
                 f"{position} (shape {tuple(ids.shape)}), but the model's vocabulary has {vocab_size} entries, "
                 f"0 to {vocab_size - 1}: train with the tokenizer that the data was made with, or enlarge vocab_size."
             )
-
-
-def _skip_batches(loader: DataLoader[Any], count: int, epoch: int) -> None:
-    name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-    inner = getattr(loader, name)
-    samplers: tuple[Any, Any] = (loader.sampler, getattr(inner, "sampler", None))
-    for sampler in samplers:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-    if count >= len(inner):
-        return
-    # DataLoader refuses assignment after construction, although it reads these attributes at every iter().
-    object.__setattr__(loader, name, _ResumedSampler(inner, count))
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-
-
-class _ResumedSampler(Sampler[Any]):
-    """``inner`` without its first ``skip`` items, once; afterwards ``inner`` itself."""
-
-    def __init__(self, inner: Any, skip: int) -> None:
-        self._inner = inner
-        self._skip = skip
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_inner" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._inner, name)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
-        items: Iterator[Any] = iter(self._inner)
-        for _ in range(skip):
-            next(items, None)
-        return items

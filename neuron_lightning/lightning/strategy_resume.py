@@ -12,10 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from neuron_lightning.backends import get_backend
 from neuron_lightning.checkpoint import folder
-from neuron_lightning.errors import CheckpointError
-from neuron_lightning.lightning import internals_loops, resume
+from neuron_lightning.errors import CheckpointError, DataError
+from neuron_lightning.lightning import drift, internals_loops, resume
 from neuron_lightning.lightning.checkpoint_io import show_transfer
 from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin, layout
+from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.random import set_rng_state
 
 
@@ -27,6 +28,8 @@ class ResumeMixin(CheckpointMixin):
     _verified: str | None = None
     """Path of a checkpoint whose files were all verified just now."""
     _rank_state: Mapping[str, Any] | None = None
+    _override: tuple[str, ...] = ()
+    _overridden: set[str]
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -81,10 +84,38 @@ class ResumeMixin(CheckpointMixin):
         if "loops" in state:
             internals_loops.rewind_unfinished_epoch(state["loops"]["fit_loop"])
         self._restored_from = path
-        saved_layout = state.pop("layout", None)
-        rank_state = folder.read_rank_state(path, self.global_rank) if saved_layout == layout() else None
-        self._rank_state = rank_state
+        saved_facts = state.pop("facts", {})
+        if self._trainer().state.fn == TrainerFn.FITTING:
+            self._overridden = drift.check(saved_facts, self._facts, self._override)
+        self._position = state.pop("data_position", None) or {}
+        self._saved_batch = saved_facts.get("global_batch_size")
+        self._take_rank_state(path, state)
         return {**state, "state_dict": {}}
+
+    def _take_rank_state(self, path: Path, state: dict[str, Any]) -> None:
+        """Takes over what is this rank's: random states where the layout is the same, loaders' states by replica."""
+        saved, present = state.pop("layout", None), layout()
+        rank_state = folder.read_rank_state(path, self.global_rank) if saved == present else None
+        self._rank_state = rank_state
+        self._began = (rank_state or {}).get("began", ())
+        loaders = (rank_state or {}).get("loaders", [])
+        if rank_state is None and saved is not None:
+            loaders = self._loaders_of_replica(path, saved)
+        if "loops" in state:
+            internals_loops.put_loader_states(state["loops"], loaders)
+
+    def _loaders_of_replica(self, path: Path, saved: Mapping[str, int]) -> list[Any]:
+        """The loaders' states of the rank that read what this one reads, in a layout of other tensor-parallel size."""
+        dp_size = mesh.current().sizes["dp"]
+        stored = folder.read_rank_state(path, mesh.current().coordinates["dp"] * saved["tp"]) or {}
+        loaders: list[Any] = stored.get("loaders", [])
+        if loaders and saved["dp"] != dp_size and "data" not in self._override:
+            raise DataError(
+                f"the data loader's state in {path} is that of one of {saved['dp']} data-parallel rank(s), and this run "
+                f"has {dp_size}: resume with as many, use a map-style dataset, or let the epoch start "
+                "over with NeuronXLAStrategy(resume_override=['data'])."
+            )
+        return loaders if saved["dp"] == dp_size else []
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads the folder's weights into this rank's shards, in place. All ranks together."""
@@ -117,6 +148,12 @@ class ResumeMixin(CheckpointMixin):
                 verify=self._verified != str(self._restored_from),
                 progress=progress,
             )
+
+    def _apply_overrides(self) -> None:
+        """Lets the values of this run count where ``resume_override`` says so; once everything is loaded."""
+        overridden, self._overridden = self._overridden, set()
+        if overridden:
+            drift.apply_override(self._trainer(), overridden, self._facts)
 
     def _restore_random_states(self) -> None:
         """Gives this rank its random states back, after everything that draws numbers while it is set up."""
