@@ -38,7 +38,7 @@ def place(loader: DataLoader[Any]) -> PlacedSampler:
     inner = getattr(loader, name)
     if isinstance(inner, PlacedSampler):
         return inner
-    placed = PlacedSampler(inner, loader)
+    placed = PlacedSampler(inner)
     # DataLoader refuses assignment after construction, although it reads these attributes at every iter().
     object.__setattr__(loader, name, placed)
     return placed
@@ -60,12 +60,11 @@ class PlacedSampler(Sampler[Any]):
 
     Args:
         inner: a sampler or batch sampler.
-        loader: its loader, for the generators that draw the order.
     """
 
-    def __init__(self, inner: Any, loader: DataLoader[Any]) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._samplers: tuple[Any, ...] = (loader.sampler, inner, getattr(inner, "sampler", None))
+        self._samplers: tuple[Any, ...] = (inner, getattr(inner, "sampler", None))
         self._skip = 0
         self._begin: Mapping[str, Any] | None = None
         self._began: dict[str, Any] | None = None
@@ -84,18 +83,22 @@ class PlacedSampler(Sampler[Any]):
         known = [sampler for sampler in self._samplers if hasattr(sampler, "set_epoch")]
         return not known and not any(isinstance(sampler, SequentialSampler) for sampler in self._samplers)
 
-    @property
-    def began(self) -> dict[str, Any] | None:
-        """Random states from which this epoch's order was drawn; None if it is a function of the epoch."""
-        return self._began if self.draws else None
+    def position(self) -> dict[str, Any] | None:
+        """For a checkpoint: what this epoch's order was drawn from, and what the next one's will be.
 
-    def start_at(self, skip: int, epoch: int, began: Mapping[str, Any] | None) -> None:
+        None if it is a function of the epoch.
+        """
+        if not self.draws:
+            return None
+        return {"began": self._began, "own": [generator.get_state() for generator in self._generators()]}
+
+    def start_at(self, skip: int, epoch: int, position: Mapping[str, Any] | None) -> None:
         """Lets the next iteration leave out its first items.
 
         Args:
             skip: how many.
             epoch: the epoch's number, for samplers that draw by it.
-            began: what :attr:`began` was in the run that wrote the checkpoint.
+            position: what :meth:`position` was in the run that wrote the checkpoint.
 
         Raises:
             DataError: the order cannot be drawn again.
@@ -103,7 +106,11 @@ class PlacedSampler(Sampler[Any]):
         for sampler in self._samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        if skip and self.draws and began is None:
+        if not skip:
+            self._set_own((position or {}).get("own", ()))
+            return
+        began = (position or {}).get("began")
+        if self.draws and began is None:
             raise DataError(
                 f"the order of {type(self._inner).__name__} is drawn from a random state that the checkpoint does not "
                 "hold for this layout of ranks: resume with the layout that wrote it, or shuffle with a sampler that "
@@ -155,7 +162,10 @@ class PlacedSampler(Sampler[Any]):
         torch.set_rng_state(states["torch"])
         random.setstate(states["python"])
         numpy.random.set_state(states["numpy"])
-        for generator, state in zip(self._generators(), states["own"], strict=False):
+        self._set_own(states["own"])
+
+    def _set_own(self, states: Sequence[Any]) -> None:
+        for generator, state in zip(self._generators(), states, strict=False):
             generator.set_state(state)
 
 

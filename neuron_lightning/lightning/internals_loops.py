@@ -108,6 +108,11 @@ def completed_batches(trainer: Trainer) -> int:
     return int(progress.completed) + int(uncounted)
 
 
+def is_resuming(trainer: Trainer) -> bool:
+    """Whether the fit that is being set up goes on from a checkpoint."""
+    return bool(trainer.fit_loop.is_resuming)
+
+
 def batches_trained(trainer: Trainer) -> int:
     """Batches of the current epoch that this run has trained on."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)

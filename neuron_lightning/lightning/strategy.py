@@ -234,7 +234,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            self._placed, self._began, self._position, self._saved_batch = [], (), {}, None
+            self._placed, self._positions, self._position, self._saved_batch = [], (), {}, None
             self._facts = drift.facts(trainer, self._vocab_size)
         self.setup_precision_plugin()
 

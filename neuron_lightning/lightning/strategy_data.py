@@ -32,8 +32,8 @@ class DataMixin(ParallelStrategy):
     _placed: list[data_position.PlacedSampler]
     """Of the training loaders, in the order of Lightning's calls."""
     _placed_at: int = -1
-    _began: Sequence[Any] = ()
-    """What a resumed run's samplers drew their order from, in the same order."""
+    _positions: Sequence[Any] = ()
+    """Those of the samplers of the run that wrote the checkpoint, in the same order."""
     _position: Mapping[str, Any]
     """Where in the data the checkpoint was written: ``batch`` is the number of samples in its batches."""
     _saved_batch: int | None = None
@@ -81,9 +81,10 @@ class DataMixin(ParallelStrategy):
             self._placed, self._placed_at = [], trainer.current_epoch
         if placed not in self._placed:
             self._placed.append(placed)
-        began = self._began[len(self._placed) - 1] if len(self._began) >= len(self._placed) else None
-        if done and done < len(placed):
-            placed.start_at(done, trainer.current_epoch, began)
+        number = len(self._placed) - 1
+        position = self._positions[number] if number < len(self._positions) else None
+        if internals_loops.is_resuming(trainer) and done < len(placed):
+            placed.start_at(done, trainer.current_epoch, position)
 
     def _batches_done(self, trainer: Any, loader: object) -> int:
         """Batches of this epoch that are trained on, in this run's batches."""
@@ -126,7 +127,7 @@ class DataMixin(ParallelStrategy):
 
     def data_state(self) -> dict[str, Any]:
         """What a checkpoint notes of the data on this rank."""
-        return {"began": [placed.began for placed in self._placed]}
+        return {"positions": [placed.position() for placed in self._placed]}
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Checks token ids while the batch is on the host, then moves it to the device.

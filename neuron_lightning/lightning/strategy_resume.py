@@ -97,7 +97,7 @@ class ResumeMixin(CheckpointMixin):
         saved, present = state.pop("layout", None), layout()
         rank_state = folder.read_rank_state(path, self.global_rank) if saved == present else None
         self._rank_state = rank_state
-        self._began = (rank_state or {}).get("began", ())
+        self._positions = (rank_state or {}).get("positions", ())
         loaders = (rank_state or {}).get("loaders", [])
         if rank_state is None and saved is not None:
             loaders = self._loaders_of_replica(path, saved)
