@@ -4,6 +4,7 @@ from neuron_lightning.checkpoint.asynchronous import AsyncSaver
 from neuron_lightning.checkpoint.folder import (
     check_trainer_state,
     is_checkpoint,
+    load_average_state,
     load_module_state,
     load_optimizer_state,
     read_full_state,
@@ -21,6 +22,7 @@ __all__ = [
     "check_trainer_state",
     "is_checkpoint",
     "list_checkpoints",
+    "load_average_state",
     "load_module_state",
     "load_optimizer_state",
     "read_full_state",

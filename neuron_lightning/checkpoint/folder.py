@@ -46,6 +46,7 @@ def write_checkpoint(
     optimizers: Sequence[Any] = (),
     trainer_state: Mapping[str, Any],
     rank_state: Mapping[str, Any] | None = None,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
     state_dict_type: str = "deduped",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -61,6 +62,8 @@ def write_checkpoint(
         trainer_state: everything else that is the same on all ranks (rank 0's is written); the keys
             ``global_step`` and ``epoch``, where present, are copied into the manifest.
         rank_state: what differs by rank (random states); readable with :func:`read_rank_state`.
+        averages: further sets of the module's weights (EMA, SWA) by key, each named and sharded as
+            ``module_state``; readable with :func:`load_average_state`.
         state_dict_type: ``"deduped"`` (each element is written once, shared out evenly over the ranks that hold
             it) or ``"sharded"`` (every rank writes all that it holds).
         progress: called on every rank while it works.
@@ -77,6 +80,7 @@ def write_checkpoint(
         optimizers=optimizers,
         trainer_state=trainer_state,
         rank_state=rank_state,
+        averages=averages,
         state_dict_type=state_dict_type,
     )
     place, ranks = storage.place(path), ranks or Ranks()
@@ -92,6 +96,7 @@ def request_for(
     optimizers: Sequence[Any] = (),
     trainer_state: Mapping[str, Any],
     rank_state: Mapping[str, Any] | None = None,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
     state_dict_type: str = "deduped",
 ) -> Request:
     """What is to be written, for arguments as :func:`write_checkpoint` takes them; looks at nothing yet."""
@@ -102,6 +107,8 @@ def request_for(
         state.add_module(local, module_state, parameters, mesh.sizes["tp"])
         for index, optimizer in enumerate(optimizers):
             state.add_optimizer(local, index, optimizer, parameters, mesh.sizes["tp"])
+        for key, tensors in (averages or {}).items():
+            state.add_module(local, tensors, parameters, mesh.sizes["tp"], state.average_prefix(key))
         return local
 
     def trainer() -> dict[str, Any]:
@@ -201,6 +208,41 @@ def load_optimizer_state(
 
     kinds = ("optimizer", "trainer") if verify else ()
     reader.load(checkpoint, plan, kinds, f"load the optimizer state of {path}", ranks, progress or _silent)
+
+
+def load_average_state(
+    path: str | Path,
+    key: str,
+    targets: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Copies a set of ``averages`` into local tensors, in place, whatever layout wrote it. Collective.
+
+    Args:
+        path: the checkpoint folder.
+        key: as :func:`write_checkpoint` was given it.
+        targets: local tensors by the names of the module's state; not the module's own, but of the same shapes.
+        parameters: ``dict(module.named_parameters())`` of the module.
+        verify: whether the hashes of the files that hold them are checked first.
+        progress: called on every rank while it works.
+
+    Raises:
+        CheckpointError: damaged, without such a set, or of another model.
+    """
+    report, ranks = progress or _silent, Ranks()
+    checkpoint = _open(path, ranks)
+    if verify:
+        reader.verify(checkpoint, ("optimizer",), ranks, report)
+    tp_size, prefix = current_mesh().sizes["tp"], state.average_prefix(key)
+
+    def load() -> None:
+        plan = restore.plan_module(checkpoint, targets, parameters, tp_size, True, prefix)
+        restore.copy_module(checkpoint, plan, report)
+
+    ranks.together(f"load the averaged weights {key} of {path}", load)
 
 
 def check_trainer_state(values: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ def plan_module(
     parameters: Mapping[str, nn.Parameter],
     tp_size: int,
     strict: bool,
+    prefix: str = "model",
 ) -> ModulePlan:
     """Matches the names and shapes of a module and a checkpoint. Raises :class:`CheckpointError`."""
     names = Names(parameters)
@@ -47,7 +48,7 @@ def plan_module(
         described = tensor if param is None else param
         choices = [boxes.placements(name, described, tp_size) for name in group]
         for position, place in enumerate(choices[0]):
-            tied = [f"model/{choice[position].name}" for choice in choices]
+            tied = [f"{prefix}/{choice[position].name}" for choice in choices]
             known.update(tied)
             stored = next((name for name in tied if checkpoint.manifest.resolve(name) is not None), None)
             record = None if stored is None else checkpoint.manifest.resolve(stored)
@@ -61,7 +62,9 @@ def plan_module(
                 into = boxes.view(tensor.detach(), place.local)
                 plan.wants += checkpoint.wants(record, place.box, into)
     there = [*checkpoint.manifest.tensors, *checkpoint.manifest.aliases]
-    plan.unexpected = [n.removeprefix("model/") for n in there if n.startswith("model/") and n not in known]
+    plan.unexpected = [
+        n.removeprefix(f"{prefix}/") for n in there if n.startswith(f"{prefix}/") and n not in known
+    ]
     if wrong or (strict and (plan.missing or plan.unexpected)):
         raise _mismatch(checkpoint, wrong, plan)
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -83,6 +84,13 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
     )
 
 
+def average_prefix(key: str) -> str:
+    """Where a further set of the module's weights is stored. Raises :class:`CheckpointError` for an unusable key."""
+    if not re.fullmatch(r"\w+", key):
+        raise CheckpointError(f"a set of averaged weights is named by letters, digits and _, not {key!r}.")
+    return f"average.{key}"
+
+
 class Names:
     """Finds the parameter (with its shard spec) behind an entry of a state dict, and a parameter's name."""
 
@@ -122,9 +130,13 @@ def tied_groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def add_module(
-    state: LocalState, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], tp_size: int
+    state: LocalState,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    tp_size: int,
+    prefix: str = "model",
 ) -> None:
-    """Adds weights and buffers under ``model/``; tied ones are stored once and aliased."""
+    """Adds weights and buffers under ``model/``, or another prefix; tied ones are stored once and aliased."""
     names = Names(parameters)
     for group in tied_groups(tensors):
         first, tensor = group[0], tensors[group[0]].detach()
@@ -133,7 +145,7 @@ def add_module(
         for place in boxes.placements(first, described, tp_size):
             tensor_file.checked_dtype(first, tensor.dtype)
             source = Source(
-                f"model/{place.name}",
+                f"{prefix}/{place.name}",
                 place.global_shape,
                 place.box,
                 boxes.view(tensor, place.local),
@@ -141,13 +153,13 @@ def add_module(
             )
             state.sources.append(source)
         for other in group[1:]:
-            _add_aliases(state, first, other, described, tp_size)
+            _add_aliases(state, first, other, described, tp_size, prefix)
 
 
-def _add_aliases(state: LocalState, first: str, other: str, param: Tensor, tp_size: int) -> None:
+def _add_aliases(state: LocalState, first: str, other: str, param: Tensor, tp_size: int, prefix: str) -> None:
     pairs = zip(boxes.placements(first, param, tp_size), boxes.placements(other, param, tp_size), strict=True)
     for stored, alias in pairs:
-        state.aliases[f"model/{alias.name}"] = f"model/{stored.name}"
+        state.aliases[f"{prefix}/{alias.name}"] = f"{prefix}/{stored.name}"
 
 
 def add_optimizer(

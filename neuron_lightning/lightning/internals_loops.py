@@ -6,12 +6,15 @@ The second half of :mod:`internals`, under the same rules: checked against Light
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import RunningStage
+from torch.optim.swa_utils import AveragedModel
 
 _CHOICE = "_neuron_lightning_choice"
 
@@ -243,3 +246,35 @@ def put_loader_states(loops: dict[str, Any], states: list[Any]) -> None:
     """The way back, for this rank."""
     if states:
         loops["fit_loop"]["state_dict"][LOADER_STATES] = states
+
+
+def renew_average(callback: Any, module: Any) -> None:
+    """Makes an averaging callback's model anew from ``module``.
+
+    Reason: it copies the module in ``setup``, before the strategy has sharded and drawn it.
+    """
+    if isinstance(callback, WeightAveraging):
+        if callback._average_model is not None:
+            device = callback._device or module.device
+            callback._average_model = AveragedModel(
+                model=module, device=device, use_buffers=callback._use_buffers, **callback._kwargs
+            )
+    elif callback._average_model is not None:
+        callback._average_model = copy.deepcopy(module)
+
+
+def start_averaging_again(callback: Any, trainer: Trainer) -> None:
+    """Lets ``StochasticWeightAveraging`` go on in a resumed epoch with the learning rate of the checkpoint.
+
+    Reason: it starts in ``on_train_epoch_start``, which a fit that is resumed inside an epoch does not reach, and its
+    scheduler changes the learning rate when it is made.
+    """
+    if callback._scheduler_state is None or callback._initialized:
+        return
+    groups = trainer.optimizers[0].param_groups
+    rates = [(group["lr"], group.get("initial_lr")) for group in groups]
+    callback.on_train_epoch_start(trainer, trainer.lightning_module)
+    for group, (rate, initial) in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if initial is not None:
+            group["initial_lr"] = initial

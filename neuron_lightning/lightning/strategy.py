@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from neuron_lightning.backends import get_backend
 from neuron_lightning.config import AsyncSave, NeuronConfig
 from neuron_lightning.errors import ConfigError, ParallelStateError
 from neuron_lightning.lightning import drift, failures, internals, internals_loops, processes, resume
+from neuron_lightning.lightning.averages import average_prepared_module
 from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
 from neuron_lightning.lightning.folder_lock import FolderLocks
 from neuron_lightning.lightning.model_setup import prepare_module, report_layout
@@ -233,6 +235,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         self._vocab_size = vocab_size_of(module)
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
+            average_prepared_module(trainer, module)
             self.setup_optimizers(trainer)
             self._placed, self._positions, self._position, self._saved_batch = [], (), {}, None
             self._facts = drift.facts(trainer, self._vocab_size)
@@ -273,6 +276,9 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         self._training_ended, self._steps_counted = False, False
         internals_loops.begin_next_epoch(self._trainer())
         self._apply_overrides()
+        for callback in self._trainer().callbacks:
+            if isinstance(callback, StochasticWeightAveraging):
+                internals_loops.start_averaging_again(callback, self._trainer())
         self.check_storable()
         self._restore_random_states()
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from neuron_lightning.checkpoint import check_trainer_state, exchange
 from neuron_lightning.errors import CheckpointError
-from neuron_lightning.lightning import internals_loops
+from neuron_lightning.lightning import averages, internals_loops
 from neuron_lightning.lightning.finite import check_finite
 from neuron_lightning.lightning.saving import Saves
 from neuron_lightning.lightning.strategy_data import DataMixin
@@ -98,6 +98,7 @@ class CheckpointMixin(DataMixin):
         module = self.lightning_module
         if module is None:
             raise CheckpointError("there is no module to save: call trainer.fit(…) first.")
+        averaged = averages.take(checkpoint, module)
         trainer_state = {key: value for key, value in checkpoint.items() if key not in _IN_FOLDER}
         loaders = internals_loops.take_loader_states(checkpoint["loops"]) if "loops" in checkpoint else []
         if "optimizer_states" in checkpoint:
@@ -114,6 +115,7 @@ class CheckpointMixin(DataMixin):
             module_state=checkpoint["state_dict"],
             parameters=parameters,
             optimizers=optimizers,
+            averages=averaged,
             trainer_state={**trainer_state, **self._noted()},
             rank_state={**_random_states(), **self.data_state(), "loaders": loaders},
             state_dict_type=self.state_dict_type,
@@ -157,6 +159,7 @@ class CheckpointMixin(DataMixin):
 
 def _storable(trainer: Any) -> dict[str, Any]:
     state = internals_loops.dump_checkpoint(trainer)
+    averages.take(state, trainer.lightning_module)
     return {key: value for key, value in state.items() if key not in _IN_FOLDER}
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from neuron_lightning.backends import get_backend
 from neuron_lightning.checkpoint import folder
 from neuron_lightning.errors import CheckpointError, DataError
-from neuron_lightning.lightning import drift, internals_loops, resume
+from neuron_lightning.lightning import averages, drift, internals_loops, resume
 from neuron_lightning.lightning.checkpoint_io import show_transfer
 from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin, layout
 from neuron_lightning.parallel import mesh
@@ -130,6 +130,10 @@ class ResumeMixin(CheckpointMixin):
                 strict=strict,
                 verify=self._verified != str(self._restored_from),
                 progress=progress,
+            )
+        if isinstance(checkpoint, dict):
+            averages.put_back(
+                self._restored_from, checkpoint, module, verify=self._verified != str(self._restored_from)
             )
         for optimizer in self.optimizers:
             if hasattr(optimizer, "reload_master_weights"):
