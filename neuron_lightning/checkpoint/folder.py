@@ -232,17 +232,15 @@ def load_average_state(
     Raises:
         CheckpointError: damaged, without such a set, or of another model.
     """
-    report, ranks = progress or _silent, Ranks()
+    ranks = Ranks()
     checkpoint = _open(path, ranks)
-    if verify:
-        reader.verify(checkpoint, ("optimizer",), ranks, report)
     tp_size, prefix = current_mesh().sizes["tp"], state.average_prefix(key)
 
-    def load() -> None:
-        plan = restore.plan_module(checkpoint, targets, parameters, tp_size, True, prefix)
-        restore.copy_module(checkpoint, plan, report)
+    def plan() -> list[Want]:
+        return restore.plan_module(checkpoint, targets, parameters, tp_size, True, prefix).wants
 
-    ranks.together(f"load the averaged weights {key} of {path}", load)
+    kinds, what = ("optimizer",) if verify else (), f"load the averaged weights {key} of {path}"
+    reader.load(checkpoint, plan, kinds, what, ranks, progress or _silent)
 
 
 def check_trainer_state(values: Mapping[str, Any]) -> None:

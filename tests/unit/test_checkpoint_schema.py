@@ -15,7 +15,17 @@ from tests.unit.test_checkpoint_folder import Model, save, trained
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "manifest.schema.json").read_text(encoding="utf-8"))
 KNOWN = {
-    *("$schema", "title", "description", "$defs", "$ref", "type", "required", "additionalProperties", "properties"),
+    *(
+        "$schema",
+        "title",
+        "description",
+        "$defs",
+        "$ref",
+        "type",
+        "required",
+        "additionalProperties",
+        "properties",
+    ),
     *("const", "enum", "minimum", "pattern", "propertyNames", "items", "maxItems"),
 }
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
@@ -87,4 +97,7 @@ def test_the_schema_names_what_the_code_knows() -> None:
     assert properties["digest"]["properties"]["algorithm"]["const"] == output.ALGORITHM
     dtypes = properties["tensors"]["additionalProperties"]["properties"]["dtype"]["enum"]
     assert dtypes == list(tensor_file.DTYPE_NAMES)
-    assert (properties["format"]["const"], properties["version"]["const"]) == (manifest.FORMAT, manifest.VERSION)
+    assert (properties["format"]["const"], properties["version"]["const"]) == (
+        manifest.FORMAT,
+        manifest.VERSION,
+    )
