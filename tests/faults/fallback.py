@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from neuron_lightning.lightning import resume
 from tests.faults import specimen
+from tests.faults.harness import Pools
 
 SOURCES = (
     *(f"neuron_lightning/{folder}/*.py" for folder in ("checkpoint", "lightning", "optim")),
@@ -22,10 +28,11 @@ _READ_BY = {
 """Which files each part of a resume needs, and so must refuse when they are damaged."""
 
 
-def examine(folder: Path, named: str | None) -> str:
+def examine(pools: Pools, folder: Path, named: str | None) -> str:
     """What is wrong; empty if the damage is handled as it must be.
 
     Args:
+        pools: for the undamaged specimens.
         folder: holds the two checkpoints.
         named: the damaged file, which every error must name; None: some file must be named; empty: not known.
     """
@@ -43,10 +50,40 @@ def examine(folder: Path, named: str | None) -> str:
     for part, message in refused.items():
         if not _names(message, newer, named):
             return f"{part} does not name it: {message}"
+    return _chosen(folder, named) or _is_whole(pools, older)
+
+
+def _chosen(folder: Path, named: str | None) -> str:
+    """What is wrong with the choice that ``auto_resume`` makes."""
+    newer, older = folder / specimen.NEW, folder / specimen.OLD
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[ModelCheckpoint(dirpath=folder)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = resume.newest_intact(trainer)
+    said = [str(w.message) for w in caught if "auto_resume" in str(w.message)]
+    if path != str(older):
+        return f"auto_resume chose {path}"
+    there = (
+        folder / specimen.NEW / "manifest.json"
+    ).is_file()  # without it, it is no checkpoint to warn about
+    wrong = there and (len(said) != 1 or not _names(said[0], newer, named))
+    return f"auto_resume warned {said}" if wrong else ""
+
+
+def _is_whole(pools: Pools, older: Path) -> str:
+    """What is wrong with the older checkpoint, loaded over whatever the refused one has left."""
     if problem := specimen.verify(older):
         return f"the one before does not verify: {problem}"
-    left = specimen.reader().attempts(older)
-    return f"the one before does not load: {left}" if left else ""
+    if left := specimen.reader().attempts(older):
+        return f"the one before does not load: {left}"
+    same = specimen.equal(specimen.reader().contents(), specimen.expected(pools, specimen.OLD))
+    return "" if same else "the one before loads to something else"
 
 
 def _names(error: str, checkpoint: Path, named: str | None) -> bool:

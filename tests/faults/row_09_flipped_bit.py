@@ -34,5 +34,5 @@ def run(case: dict[str, Any], scratch: Path, pools: Pools) -> Outcome:
     bit = int(case["place"] * 8 * len(data))
     data[bit // 8] ^= 1 << bit % 8
     victim.write_bytes(data)
-    problem = fallback.examine(folder, name)
+    problem = fallback.examine(pools, folder, name)
     return Outcome("silent", f"{name} bit {bit}: {problem}") if problem else Outcome("ok", name)

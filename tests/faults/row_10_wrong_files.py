@@ -32,7 +32,7 @@ def run(case: dict[str, Any], scratch: Path, pools: Pools) -> Outcome:
     names = specimen.files(pools)
     name, folder = names[case["file"] % len(names)], specimen.copies(pools, scratch)
     named = damage(case["kind"], folder, name, case["number"])
-    problem = fallback.examine(folder, named)
+    problem = fallback.examine(pools, folder, named)
     return Outcome("silent", f"{case['kind']} {name}: {problem}") if problem else Outcome("ok", case["kind"])
 
 
