@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 
 from neuron_lightning.checkpoint import points
+from neuron_lightning.checkpoint.refusals import with_remedy
 from neuron_lightning.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -65,7 +66,8 @@ def committed_in(parent: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"the folder {parent} cannot be read: {error.strerror}.") from error
+        said = f"the folder {parent} cannot be read: {error.strerror}"
+        raise CheckpointError(with_remedy(said, error)) from error
     names = {path for path in entries if path.suffix not in _TEMPORARY}
     names |= {path.with_suffix("") for path in entries if path.suffix == ".old"}
     return sorted(path for path in names if is_committed(path) or is_committed(replaced(path)))
@@ -158,9 +160,8 @@ def require_regular(path: Path) -> int:
     try:
         status = os.lstat(path)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): the checkpoint is incomplete."
-        ) from error
+        said = f"{path} cannot be read ({error.strerror}): the checkpoint is incomplete"
+        raise CheckpointError(with_remedy(said, error)) from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file: links and devices in a checkpoint are refused.")
     return status.st_size

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from neuron_lightning.checkpoint.refusals import with_remedy
 from neuron_lightning.errors import CheckpointError, NeuronLightningError
 
 T = TypeVar("T")
@@ -111,5 +112,5 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one line."""
-    return f"{type(error).__name__}: {error}"
+    """An error as one line, with a remedy where the operating system refused."""
+    return with_remedy(f"{type(error).__name__}: {error}", error)

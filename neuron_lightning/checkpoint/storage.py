@@ -15,6 +15,7 @@ from types import TracebackType
 
 from neuron_lightning.checkpoint import commit, points
 from neuron_lightning.checkpoint.output import LocalSink, Sink, write_bytes
+from neuron_lightning.checkpoint.refusals import with_remedy
 from neuron_lightning.errors import CheckpointError
 
 _LOCAL_SCHEMES = ("file://", "local://")
@@ -70,7 +71,7 @@ class LocalReader(FileReader):
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+            raise CheckpointError(with_remedy(f"{path} cannot be read: {error.strerror}", error)) from error
         self.where = str(path)
         self.size = os.fstat(self._handle).st_size
         self._asked = 0
