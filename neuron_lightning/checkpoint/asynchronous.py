@@ -99,7 +99,7 @@ class AsyncSaver:
             data = writer.live_data(share)
         else:
             data = self._snapshot.take(share)
-            share = dataclasses.replace(share, sources=())
+            share = dataclasses.replace(share, views=())
             points.reach("snapshot_taken")
         self._target = place.name
 
@@ -145,6 +145,7 @@ class AsyncSaver:
         finally:
             self._closed = True
             self._snapshot.free()
+            self._planner = Planner()
             destroy_host_group(self._group)
             self._group = None
             atexit.unregister(self._settle)
@@ -201,8 +202,8 @@ class Snapshot:
         """Copies a share's tensors. Returns the data as it is now."""
         if share.files is not self._files:
             self._lay_out(share)
-        for file, places in zip(share.files, self._places, strict=True):
-            for place, tensor in zip(places, share.tensors(file), strict=True):
+        for places, tensors in zip(self._places, share.views, strict=True):
+            for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor, non_blocking=True)
         get_backend().synchronize()
         return lambda file: [host_bytes(self._buffers[file.name])]

@@ -102,14 +102,11 @@ def request_for(
     """What is to be written, for arguments as :func:`write_checkpoint` takes them; looks at nothing yet."""
     mesh = current_mesh()
 
-    def describe() -> state.LocalState:
-        local = state.LocalState()
-        state.add_module(local, module_state, parameters, mesh.sizes["tp"])
-        for index, optimizer in enumerate(optimizers):
-            state.add_optimizer(local, index, optimizer, parameters, mesh.sizes["tp"])
-        for key, tensors in (averages or {}).items():
-            state.add_module(local, tensors, parameters, mesh.sizes["tp"], state.average_prefix(key))
-        return local
+    modules = {"model": module_state}
+    modules |= {state.average_prefix(key): tensors for key, tensors in (averages or {}).items()}
+
+    def describe(known: state.LocalState | None) -> state.LocalState:
+        return state.describe(modules, optimizers, parameters, mesh.sizes["tp"], known)
 
     def trainer() -> dict[str, Any]:
         groups = [state.group_options(optimizer, parameters) for optimizer in optimizers]

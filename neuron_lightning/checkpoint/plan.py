@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Request:
 
     Attributes:
         target: path or URL of the checkpoint to create.
-        describe: makes the local state; may fail on one rank only.
+        describe: makes the local state, given an earlier one if there is one; may fail on one rank only.
         trainer: makes what rank 0 writes; may fail on one rank only.
         rank: state of this rank alone, or None.
         step, epoch, data: copied into the manifest.
@@ -36,7 +36,7 @@ class Request:
     """
 
     target: str
-    describe: Callable[[], LocalState]
+    describe: Callable[[LocalState | None], LocalState]
     trainer: Callable[[], Mapping[str, Any]]
     rank: Mapping[str, Any] | None
     step: int | None
@@ -87,10 +87,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Share:
-    """All that this rank writes in one save; ``facts`` are dtype and global shape of the tensors it holds."""
+    """All that this rank writes in one save.
+
+    Attributes:
+        files: the files of tensors.
+        views: for each of them the data of its items, in order: views of live memory.
+        documents: trainer and rank state.
+        facts: dtype and global shape of the tensors that this rank holds.
+        aliases, scalars: as in :class:`~neuron_lightning.checkpoint.state.LocalState`.
+    """
 
     files: tuple[FilePlan, ...]
-    sources: Sequence[Source]
+    views: Sequence[Sequence[Tensor]]
     documents: Sequence[Document]
     facts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     aliases: Mapping[str, str]
@@ -101,22 +109,21 @@ class Share:
         """Bytes of all tensors."""
         return sum(file.layout.size for file in self.files)
 
-    def tensors(self, file: FilePlan) -> list[Tensor]:
-        """The data of a file's items, in order: views of local memory."""
-        return [boxes.view(self.sources[item.source].tensor, item.local) for item in file.items]
-
 
 def file_name(rank: int, kind: str, ending: str) -> str:
     """``rank-00003.model.safetensors`` and the like."""
     return f"rank-{rank:05d}.{kind}.{ending}"
 
 
-@dataclass
 class Planner:
-    """Plans saves; what is to be written where is worked out anew only when some rank's layout has changed."""
+    """Plans saves. What is to be written where is worked out anew only when some rank's layout has changed, and
+    which memory that is only when a tensor of this rank has moved."""
 
-    _signature: list[Any] = field(default_factory=list)
-    _files: tuple[FilePlan, ...] = ()
+    def __init__(self) -> None:
+        self._local: LocalState | None = None
+        self._signature: list[Any] = []
+        self._files: tuple[FilePlan, ...] = ()
+        self._views: list[list[Tensor]] = []
 
     def plan(self, request: Request, ranks: Ranks, what: str) -> Share:
         """This rank's part of a save. Collective. Raises :class:`CheckpointError` on all ranks."""
@@ -124,23 +131,37 @@ class Planner:
             raise CheckpointError(
                 f"state_dict_type must be one of {', '.join(STATE_DICT_TYPES)}, not {request.state_dict_type!r}."
             )
-        kept: list[tuple[LocalState, list[Document], list[Any]]] = []
+        kept: list[tuple[LocalState, list[Document]]] = []
 
         def look() -> tuple[Any, bool]:
-            local = request.describe()
-            signature = _signature(local, request.state_dict_type)
-            kept.append((local, _documents(request, ranks.rank), signature))
-            return (request.target, request.step, request.state_dict_type), signature == self._signature
+            local = request.describe(self._local)
+            kept.append((local, _documents(request, ranks.rank)))
+            return (request.target, request.step, request.state_dict_type), self._is_same(local, request)
 
         outcomes = ranks.together(what, look)
         _check_agreement([wish for wish, _ in outcomes])
-        local, documents, signature = kept[0]
+        local, documents = kept[0]
+        old, self._local = self._local, None
         if not all(same for _, same in outcomes):
-            self._signature = []
             self._files = _assign(local, request.state_dict_type, ranks)
-            self._signature = signature
+            self._signature = _signature(local, request.state_dict_type)
+            old = None
+        if old is None or old.sources is not local.sources:
+            self._views = [_views(file, local.sources) for file in self._files]
+        self._local = local
         facts = {s.name: (s.tensor.dtype, s.global_shape) for s in local.sources}
-        return Share(self._files, local.sources, documents, facts, local.aliases, local.scalars)
+        return Share(self._files, self._views, documents, facts, local.aliases, local.scalars)
+
+    def _is_same(self, local: LocalState, request: Request) -> bool:
+        if self._local is None:
+            return False
+        if local.sources is self._local.sources and self._signature[0] == request.state_dict_type:
+            return True
+        return _signature(local, request.state_dict_type) == self._signature
+
+
+def _views(file: FilePlan, sources: Sequence[Source]) -> list[Tensor]:
+    return [boxes.view(sources[item.source].tensor, item.local) for item in file.items]
 
 
 def _check_agreement(wishes: Sequence[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -63,11 +64,85 @@ class Source:
 
 @dataclass
 class LocalState:
-    """All that this rank could write, besides trainer and rank state."""
+    """All that this rank could write, besides trainer and rank state.
+
+    Attributes:
+        sources: the boxes.
+        aliases: name of a tied tensor to the name under which it is stored.
+        scalars: numbers of optimizers' state by owner, such as ``optimizer.0/<parameter>``.
+        owners: for each optimizer the owners of each of its pieces.
+        where: equal for two states whose tensors are the same memory under the same names.
+    """
 
     sources: list[Source] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     scalars: dict[str, dict[str, float]] = field(default_factory=dict)
+    owners: list[list[list[str]]] = field(default_factory=list)
+    where: Any = None
+
+
+def describe(
+    modules: Mapping[str, Mapping[str, Tensor]],
+    optimizers: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    tp_size: int,
+    known: LocalState | None = None,
+) -> LocalState:
+    """Describes what this rank holds as boxes.
+
+    Args:
+        modules: tensors by prefix and name: the module's own under ``model``, averages under theirs.
+        optimizers: the optimizers, in order.
+        parameters: the module's parameters by name.
+        tp_size: tensor-parallel size.
+        known: an earlier description; where every tensor is still the same memory, it is not worked out again, and
+            its very ``sources`` come back.
+
+    Raises:
+        CheckpointError: something that cannot be stored.
+    """
+    pieces = [export(optimizer) for optimizer in optimizers]
+    where = _where(modules, pieces, parameters, tp_size)
+    if known is not None and known.where == where:
+        local = LocalState(known.sources, known.aliases, {}, known.owners, where)
+    else:
+        local = LocalState(where=where)
+        names = Names(parameters)
+        for prefix, tensors in modules.items():
+            _add_module(local, tensors, names, tp_size, prefix)
+        for index, of_one in enumerate(pieces):
+            local.owners.append([_add_piece(local, index, piece, names, tp_size) for piece in of_one])
+    for owners_of_one, of_one in zip(local.owners, pieces, strict=True):
+        for owners, piece in zip(owners_of_one, of_one, strict=True):
+            for owner in owners:
+                local.scalars.setdefault(owner, {}).update({k: float(v) for k, v in piece.scalars.items()})
+    return local
+
+
+def _where(
+    modules: Mapping[str, Mapping[str, Tensor]],
+    pieces: Sequence[Sequence[ParamState]],
+    parameters: Mapping[str, nn.Parameter],
+    tp_size: int,
+) -> Any:
+    """Memory and name of everything. (Sources hold their tensors, so that memory seen before cannot be another's.)"""
+    own = [(name, id(p)) for name, p in parameters.items()]
+    held = [
+        (prefix, name, _memory(tensor))
+        for prefix, tensors in modules.items()
+        for name, tensor in tensors.items()
+    ]
+    updated = [
+        [(id(p.param), p.start, p.stop, [(k, _memory(t)) for k, t in p.tensors.items()]) for p in of_one]
+        for of_one in pieces
+    ]
+    return tp_size, own, held, updated
+
+
+def _memory(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return None
+    return storage_key(tensor) or (tensor.device, tuple(tensor.shape), tensor.dtype)
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -96,8 +171,11 @@ class Names:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._by_name = dict(parameters)
-        self._by_storage = {key: p for p in parameters.values() if (key := storage_key(p)) is not None}
         self._name_by_id = {id(p): name for name, p in reversed(list(parameters.items()))}
+
+    @cached_property
+    def _by_storage(self) -> dict[Any, nn.Parameter]:
+        return {key: p for p in self._by_name.values() if (key := storage_key(p)) is not None}
 
     def parameter(self, name: str, tensor: Tensor) -> nn.Parameter | None:
         """The parameter that ``tensor`` is; None for a buffer."""
@@ -129,15 +207,10 @@ def tied_groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def add_module(
-    state: LocalState,
-    tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    tp_size: int,
-    prefix: str = "model",
+def _add_module(
+    state: LocalState, tensors: Mapping[str, Tensor], names: Names, tp_size: int, prefix: str
 ) -> None:
-    """Adds weights and buffers under ``model/``, or another prefix; tied ones are stored once and aliased."""
-    names = Names(parameters)
+    """Adds weights and buffers under a prefix; tied ones are stored once and aliased."""
     for group in tied_groups(tensors):
         first, tensor = group[0], tensors[group[0]].detach()
         param = names.parameter(first, tensor)
@@ -162,22 +235,17 @@ def _add_aliases(state: LocalState, first: str, other: str, param: Tensor, tp_si
         state.aliases[f"{prefix}/{alias.name}"] = f"{prefix}/{stored.name}"
 
 
-def add_optimizer(
-    state: LocalState, index: int, optimizer: Any, parameters: Mapping[str, nn.Parameter], tp_size: int
-) -> None:
-    """Adds an optimizer's state under ``optimizer.<index>/``."""
-    names = Names(parameters)
-    for piece in export(optimizer):
-        name = names.name_of(piece.param)
-        shape = tuple(piece.param.shape)
-        places = boxes.flat_placements(name, piece.param, tp_size, piece.start, piece.stop)
-        for place in places:
-            owner = f"optimizer.{index}/{place.name}"
-            state.scalars.setdefault(owner, {}).update({k: float(v) for k, v in piece.scalars.items()})
-            for key, flat in piece.tensors.items():
-                check_piece(name, key, flat, piece)
-                tensor = boxes.flat_view(flat.detach(), piece.start, shape, place.local)
-                state.sources.append(Source(f"{owner}/{key}", place.global_shape, place.box, tensor))
+def _add_piece(state: LocalState, index: int, piece: ParamState, names: Names, tp_size: int) -> list[str]:
+    """Adds a piece of an optimizer's state under ``optimizer.<index>/``. Returns the owners of its numbers."""
+    name, shape = names.name_of(piece.param), tuple(piece.param.shape)
+    owners = []
+    for place in boxes.flat_placements(name, piece.param, tp_size, piece.start, piece.stop):
+        owners.append(f"optimizer.{index}/{place.name}")
+        for key, flat in piece.tensors.items():
+            check_piece(name, key, flat, piece)
+            tensor = boxes.flat_view(flat.detach(), piece.start, shape, place.local)
+            state.sources.append(Source(f"{owners[-1]}/{key}", place.global_shape, place.box, tensor))
+    return owners
 
 
 def export(optimizer: Any) -> Sequence[ParamState]:

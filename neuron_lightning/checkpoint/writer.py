@@ -41,7 +41,8 @@ class Written:
 
 def live_data(share: Share) -> Data:
     """The data as it is in the tensors now; they must not change until it is written."""
-    return lambda file: (piece for tensor in share.tensors(file) for piece in tensor_file.host_pieces(tensor))
+    views = {file.name: tensors for file, tensors in zip(share.files, share.views, strict=True)}
+    return lambda file: (piece for tensor in views[file.name] for piece in tensor_file.host_pieces(tensor))
 
 
 def write(
