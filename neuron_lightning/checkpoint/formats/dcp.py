@@ -57,7 +57,7 @@ from neuron_lightning.errors import CheckpointError
 
 OURS = "neuron_lightning"
 OUR_TENSORS = "neuron_lightning_tensors"
-_CACHE_BYTES = 32 << 20
+_CACHE_BYTES = 16 << 20
 """Chunks that are kept while boxes of them are read: at least one, whatever its size."""
 _ERRORS = (
     pickle.UnpicklingError,

@@ -88,7 +88,7 @@ class Part:
         dim: dimension that is cut; None: every rank holds all.
         order: which block a rank has: ``""`` its own, ``q`` or ``kv``.
         start, size: where it stands in the local parameter along ``dim``.
-        trim: whether rows beyond the vocabulary are padding.
+        limit: extent of the global tensor along ``dim``; what is beyond is padding. None: nothing is.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Part:
     order: str
     start: int
     size: int
-    trim: bool = False
+    limit: int | None = None
 
 
 def parts_of(layout: NxdLayout, name: str, shape: Sequence[int], query_rows: int | None) -> list[Part]:
@@ -128,7 +128,7 @@ def parts_of(layout: NxdLayout, name: str, shape: Sequence[int], query_rows: int
     dim = 1 if how == "columns" else 0
     if dim >= len(shape):
         return [Part(name, None, "", 0, 0)]
-    return [Part(name, dim, order, 0, shape[dim], trim=how == "vocab")]
+    return [Part(name, dim, order, 0, shape[dim], limit=layout.vocab_size if how == "vocab" else None)]
 
 
 def _qkv(name: str, rows: int, query_rows: int | None) -> list[Part]:
@@ -151,8 +151,8 @@ def placement(layout: NxdLayout, part: Part, shape: Sequence[int], rank: int) ->
     offset, local_offset, extent, total = [0] * len(shape), [0] * len(shape), list(shape), list(shape)
     if part.dim is not None:
         total[part.dim] = part.size * layout.blocks(part.order)
-        if part.trim and layout.vocab_size is not None:
-            total[part.dim] = min(total[part.dim], layout.vocab_size)
+        if part.limit is not None:
+            total[part.dim] = min(total[part.dim], part.limit)
         start = min(part.size * layout.block(part.order, rank), total[part.dim])
         offset[part.dim], local_offset[part.dim] = start, part.start
         extent[part.dim] = min(part.size, total[part.dim] - start)

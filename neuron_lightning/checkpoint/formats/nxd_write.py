@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ def _parameter(name: str, members: Sequence[Entry], layout: NxdLayout) -> _Param
     if how == "rows" and order.isdigit() and len(members) != int(order):
         raise CheckpointError(f"{name} is fused from {len(members)} tensors, the plan says {order}.")
     shape[dim] = sum(sizes)
-    return _Parameter(name, tuple(shape), parts_of(layout, name, shape, sizes[0]))
+    parts = parts_of(layout, name, shape, sizes[0])
+    limited = [replace(part, limit=m.shape[dim]) for part, m in zip(parts, members, strict=True)]
+    return _Parameter(name, tuple(shape), limited)
 
 
 def _per_rank(name: str, size: int, blocks: int, *, pad: bool) -> int:
