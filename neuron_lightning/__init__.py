@@ -23,6 +23,8 @@ _HOMES = {
     "NeuronXLAStrategy": "lightning.strategy",
     "initialize_parallel_model": "lightning.model",
     "initialize_parallel_optimizer": "optim",
+    "load_from_checkpoint": "lightning.load",
+    "load_weights": "lightning.load",
     "neuronx_distributed_config": "config",
 }
 _MODULES = {"parallel_state": "parallel.parallel_state", "xm": "compat.xm"}

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from neuron_lightning.backends import get_backend
 from neuron_lightning.config import NeuronConfig
 from neuron_lightning.errors import ConfigError
+from neuron_lightning.lightning.load import load_from_checkpoint
 from neuron_lightning.lightning.model import initialize_parallel_model
 from neuron_lightning.optim import get_param_groups_by_weight_decay, initialize_parallel_optimizer
 from neuron_lightning.optim.groups import NO_DECAY
@@ -108,6 +109,37 @@ class NeuronLTModule(LightningModule):
         self._step_before = 0
         self._closed_step = -1
         self._logged_step = -1
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The module that a checkpoint describes, with its weights, built for the current mesh. All ranks together.
+
+        Args:
+            checkpoint_path: a folder of ours, or a Lightning ``.ckpt`` file.
+            map_location: a device to move the module to afterwards.
+            hparams_file: not used: hyper-parameters are in the checkpoint. Give others in ``kwargs``.
+            strict: whether a missing or unexpected name is an error; None: True.
+            weights_only: accepted; nothing that runs code is ever read here.
+            **kwargs: arguments of the class, ahead of the saved ones; classes and functions must be given here.
+
+        Raises:
+            CheckpointError: as :func:`neuron_lightning.load_from_checkpoint`.
+            ConfigError: ``hparams_file`` is given.
+        """
+        if hparams_file is not None:
+            raise ConfigError(
+                f"hparams_file={hparams_file!r} is not read: pass the hyper-parameters as arguments."
+            )
+        module = load_from_checkpoint(cls, checkpoint_path, strict=strict is not False, **kwargs)
+        return module if map_location is None else module.to(map_location)
 
     # -- building --------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from neuron_lightning.checkpoint import folder
 from neuron_lightning.errors import CheckpointError, DataError
 from neuron_lightning.lightning import averages, drift, internals_loops, resume
 from neuron_lightning.lightning.checkpoint_io import show_transfer
+from neuron_lightning.lightning.plain_file import PlainFile, merge_checkpoint
 from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin, layout
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.random import set_rng_state
@@ -25,6 +26,8 @@ class ResumeMixin(CheckpointMixin):
 
     _auto_resume: bool = False
     _restored_from: Path | None = None
+    _file: PlainFile | None = None
+    """The Lightning file that is restored from, if it is one."""
     _verified: str | None = None
     """Path of a checkpoint whose files were all verified just now."""
     _rank_state: Mapping[str, Any] | None = None
@@ -35,6 +38,18 @@ class ResumeMixin(CheckpointMixin):
     def restore_checkpoint_after_setup(self) -> bool:
         """True: weights are loaded into sharded parameters on their device."""
         return True
+
+    @classmethod
+    def merge_checkpoint(cls, checkpoint_files: Sequence[str | Path], output_file: str | Path) -> None:
+        """Makes one Lightning ``.ckpt`` file of a checkpoint's folder, or of files in it; one process calls it.
+
+        The file loads with ``torch.load(weights_only=True)``, and both this strategy and stock Lightning resume from
+        it: the latter in a module with the names that this one has on one rank.
+
+        Raises:
+            CheckpointError: not files of one checkpoint, damaged, or ``output_file`` exists.
+        """
+        merge_checkpoint(checkpoint_files, output_file)
 
     def resolve_checkpoint(self, path: Any) -> Any:
         """The checkpoint that a run starts from, given what the user asked for. All ranks together.
@@ -56,29 +71,27 @@ class ResumeMixin(CheckpointMixin):
         return path
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a folder's trainer state; weights and optimizer state follow when they have a place to go.
+        """Reads a checkpoint's trainer state; weights and optimizer state follow when they have a place to go.
 
         Args:
-            checkpoint_path: a folder that :meth:`save_checkpoint` wrote.
-            weights_only: Lightning's argument; our folders hold no pickle, so both values are safe.
+            checkpoint_path: a folder that :meth:`save_checkpoint` wrote, or a Lightning ``.ckpt`` file with whole
+                tensors, such as :meth:`merge_checkpoint` writes.
+            weights_only: Lightning's argument. Our folders hold no pickle; a file is read by torch's weights-only
+                unpickler, unless an explicit False lets it run code.
 
         Raises:
-            CheckpointError: not such a folder, or damaged.
+            CheckpointError: neither of them, or damaged.
         """
         get_backend().empty_cache()
         path = Path(checkpoint_path)
-        if not folder.is_checkpoint(path):
-            kind = (
-                "a file"
-                if path.is_file()
-                else "a folder without a manifest"
-                if path.exists()
-                else "not there"
-            )
+        self._file = PlainFile(path, trusted=weights_only is False) if path.is_file() else None
+        if self._file is None and not folder.is_checkpoint(path):
+            kind = "a folder without a manifest" if path.exists() else "not there"
             raise CheckpointError(
-                f"{path} is not a checkpoint of this package ({kind}): pass the folder that contains manifest.json."
+                f"{path} is not a checkpoint of this package ({kind}): pass the folder that contains manifest.json, or "
+                "a Lightning .ckpt file; other formats are converted by `neuron-lightning convert`."
             )
-        state = dict(folder.read_trainer_state(path))
+        state = dict(folder.read_trainer_state(path) if self._file is None else self._file.trainer_state())
         if state.pop("step_done", False) and self._trainer().state.fn == TrainerFn.FITTING:
             internals_loops.keep_validation_done(self._trainer())
         if "loops" in state:
@@ -123,15 +136,18 @@ class ResumeMixin(CheckpointMixin):
         if module is None or self._restored_from is None:
             raise CheckpointError("load_checkpoint must come before load_model_state_dict.")
         with show_transfer("Loading", self._restored_from) as progress:
-            folder.load_module_state(
-                self._restored_from,
-                module.state_dict(),
-                dict(module.named_parameters()),
-                strict=strict,
-                verify=self._verified != str(self._restored_from),
-                progress=progress,
-            )
-        if isinstance(checkpoint, dict):
+            if self._file is not None:
+                self._file.load_module(module, strict, progress)
+            else:
+                folder.load_module_state(
+                    self._restored_from,
+                    module.state_dict(),
+                    dict(module.named_parameters()),
+                    strict=strict,
+                    verify=self._verified != str(self._restored_from),
+                    progress=progress,
+                )
+        if isinstance(checkpoint, dict) and self._file is None:
             averages.put_back(
                 self._restored_from, checkpoint, module, verify=self._verified != str(self._restored_from)
             )
@@ -145,6 +161,9 @@ class ResumeMixin(CheckpointMixin):
         if module is None or self._restored_from is None:
             raise CheckpointError("load_checkpoint must come before load_optimizer_state_dict.")
         with show_transfer("Loading optimizer state of", self._restored_from) as progress:
+            if self._file is not None:
+                self._file.load_optimizers(self._stateful(), module, progress)
+                return
             folder.load_optimizer_state(
                 self._restored_from,
                 self._stateful(),

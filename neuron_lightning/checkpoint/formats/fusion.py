@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,18 +94,17 @@ def part(entry: Entry, start: int, rows: int) -> Entry:
     return Entry(entry.dtype, (rows, *entry.shape[1:]), read)
 
 
-def split(
-    tensors: Mapping[str, Entry], rows: Callable[[str, int], Sequence[tuple[str, int]]]
-) -> dict[str, Entry]:
+def split(tensors: Mapping[str, Entry], rows: Mapping[str, Sequence[tuple[str, int]]]) -> dict[str, Entry]:
     """Cuts fused tensors into the canonical ones.
 
     Args:
         tensors: by parameter name.
-        rows: for a parameter and its number of rows, the (canonical name, rows) in it, in order.
+        rows: by parameter name the (canonical name, rows) in it, in order; of those that are not fused there may be
+            none.
     """
     found: dict[str, Entry] = {}
     for name, entry in tensors.items():
-        members = rows(name, entry.shape[0] if entry.shape else 0)
+        members = rows.get(name, [(name, 0)])
         if len(members) == 1:
             found[members[0][0]] = entry
             continue

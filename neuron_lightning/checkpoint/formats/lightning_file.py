@@ -7,7 +7,7 @@ no place for. The files load with ``torch.load(weights_only=True)`` and are read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,21 @@ from neuron_lightning.checkpoint.state import GROUP_CHOICES
 from neuron_lightning.errors import CheckpointError
 
 OURS = "neuron_lightning"
+Rows = Callable[[str, Entry, Mapping[str, Entry]], Sequence[tuple[str, int]]]
+Names = Callable[[int, Mapping[str, Any], Mapping[str, tuple[int, ...]]], list[list[str]]]
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The dictionary in the file, without running code; its tensors are mapped.
+def load(path: Path, *, trusted: bool = False) -> dict[str, Any]:
+    """The dictionary in the file; its tensors are mapped.
+
+    Args:
+        path: the file.
+        trusted: let it run code, as whatever class it asks for does.
 
     Raises:
         CheckpointError: no such file, code in it, or no state dict.
     """
-    document = pickled.load(path)
+    document = pickled.load(path, trusted=trusted)
     if not isinstance(document, dict) or not isinstance(document.get("state_dict"), dict):
         raise CheckpointError(
             f"{path} is no Lightning checkpoint: it holds no dictionary with a 'state_dict'."
@@ -49,24 +55,45 @@ def read(path: Path, rules: Mapping[str, str], no_decay: Sequence[str] | None = 
     Raises:
         CheckpointError: as :func:`load`.
     """
-    document = load(path)
+
+    def rows(name: str, entry: Entry, weights: Mapping[str, Entry]) -> list[tuple[str, int]]:
+        return _rows_by_rule(name, entry, weights, rules)
+
+    def names(_: int, saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+        return _names_by_shape(saved, shapes, no_decay)
+
+    return describe(load(path), rows, names)
+
+
+def trainer_state(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Trainer saves besides weights and optimizer state."""
+    return {k: v for k, v in document.items() if k not in ("state_dict", "optimizer_states", OURS)}
+
+
+def describe(document: Mapping[str, Any], rows: Rows, names: Names) -> Contents:
+    """Describes what :func:`load` returned.
+
+    Args:
+        document: the dictionary.
+        rows: for a parameter, its tensor and all weights the (canonical name, rows) in it; asked if the file does not
+            say it.
+        names: for an optimizer's number, its saved state and the parameters' shapes the names in each group; asked if
+            the file does not say it.
+    """
     state = {name: tensor for name, tensor in document["state_dict"].items() if isinstance(tensor, Tensor)}
     aliases = _tied(state)
     weights = {name: pickled.entry_of(tensor) for name, tensor in state.items() if name not in aliases}
     ours = document.get(OURS) or {}
-    parts = ours.get("parts") or {n: _rows_by_rule(n, e, weights, rules) for n, e in weights.items()}
-    contents = Contents(tensors={})
-    contents.trainer = {
-        k: v for k, v in document.items() if k not in ("state_dict", "optimizer_states", OURS)
-    }
+    parts = ours["parts"] if "parts" in ours else {n: rows(n, e, weights) for n, e in weights.items()}
+    contents = Contents(tensors={}, trainer=trainer_state(document))
     contents.aliases = {f"model/{a}": f"model/{b}" for a, b in aliases.items()}
-    split = fusion.split(weights, lambda name, rows: parts.get(name, [(name, rows)]))
-    contents.tensors.update({f"model/{name}": entry for name, entry in split.items()})
+    contents.tensors.update({f"model/{name}": entry for name, entry in fusion.split(weights, parts).items()})
     shapes = {name: entry.shape for name, entry in weights.items()}
     for index, saved in enumerate(document.get("optimizer_states") or []):
-        names = _names(ours, index, saved, shapes, no_decay)
+        known = "groups" in ours
+        groups = [list(n) for n in ours["groups"][index]] if known else names(index, saved, shapes)
         masters = (ours.get("master_weights") or [{}] * (index + 1))[index]
-        _add_optimizer(contents, index, saved, names, parts, masters)
+        _add_optimizer(contents, index, saved, groups, parts, masters)
     return contents
 
 
@@ -95,15 +122,9 @@ def _rows_by_rule(
     return [(part.name, part.size if part.dim == 0 else 0) for part in parts]
 
 
-def _names(
-    ours: Mapping[str, Any],
-    index: int,
-    saved: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    no_decay: Sequence[str] | None,
+def _names_by_shape(
+    saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], no_decay: Sequence[str] | None
 ) -> list[list[str]]:
-    if "groups" in ours:
-        return [list(names) for names in ours["groups"][index]]
     known = {
         n: tuple(v["exp_avg"].shape)
         for n, v in saved["state"].items()
@@ -138,7 +159,7 @@ def _add_state(
 ) -> None:
     for key, value in state.items():
         if isinstance(value, Tensor) and value.dim():
-            split = fusion.split({"": pickled.entry_of(value)}, lambda _, rows: members)
+            split = fusion.split({"": pickled.entry_of(value)}, {"": members})
             contents.tensors.update({f"optimizer.{index}/{n}/{key}": e for n, e in split.items()})
         elif isinstance(value, (int, float, Tensor)):
             for name, _ in members:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from neuron_lightning.checkpoint import manifest, output, storage, typed_json
-from neuron_lightning.checkpoint.boxes import Box, whole
+from neuron_lightning.checkpoint.boxes import Box, intersect, whole
 from neuron_lightning.checkpoint.formats import pickled, staging, stream
 from neuron_lightning.checkpoint.formats.contents import Contents, Counter, Entry, Progress, by_size, silent
 from neuron_lightning.checkpoint.manifest import FileRecord, Manifest, StoredBox, TensorRecord
 from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.storage import Place
+from neuron_lightning.errors import CheckpointError
 
 MAX_FILE_BYTES = 5 * 10**9
 _PREFIXES = ("model/", "average.", "optimizer.")
-_OUTSIDE = ("layout",)
-"""Trainer state that says which layout wrote a checkpoint: what no layout wrote has none."""
+_OUTSIDE = ("layout", "optimizer_states")
+"""Trainer state that says which layout wrote a checkpoint, and whether it holds optimizer state."""
 
 
 def read(path: Path, *, verify: bool = True, progress: Progress = silent) -> Contents:
@@ -65,6 +66,10 @@ def check_hashes(checkpoint: Checkpoint, progress: Progress = silent) -> None:
 
 def _reader(checkpoint: Checkpoint, record: TensorRecord) -> Callable[[Box], Tensor]:
     def read_box(box: Box) -> Tensor:
+        if box.numel and intersect(box, whole(record.shape)) != box:
+            raise CheckpointError(
+                f"the box at {box.offset} of shape {box.shape} is not inside {record.shape}."
+            )
         tensor = torch.empty(box.shape, dtype=record.dtype)
         checkpoint.read_box(record, box, tensor)
         return tensor
@@ -126,6 +131,8 @@ class _Files:
                 if members:
                     self._write_tensors(f"part-{number:05d}.{kind}.safetensors", kind, members, count)
         trainer = {key: value for key, value in contents.trainer.items() if key not in _OUTSIDE}
+        if contents.groups:
+            trainer["optimizer_states"] = []  # as the strategy marks what can be resumed
         self._write_trainer({"trainer": trainer, "optimizers": contents.groups})
         return Manifest(
             step=_number(trainer.get("global_step")),

@@ -50,8 +50,12 @@ class TensorReference:
         self.tid = tid
 
 
-def load(path: Path) -> Any:
+def load(path: Path, *, trusted: bool = False) -> Any:
     """What is in a file that torch wrote; tensors are mapped, not read.
+
+    Args:
+        path: the file.
+        trusted: unpickle whatever it holds, which runs its code. For files whose origin the user vouches for.
 
     Raises:
         CheckpointError: missing, damaged, or it holds anything but tensors, containers and numbers.
@@ -60,7 +64,7 @@ def load(path: Path) -> Any:
     allowed: list[Any] = [(TensorReference, _REFERENCE)]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=_is_zip(path))
     except _ERRORS as error:
         raise CheckpointError(
             f"{path} is refused ({reason(error)}): it holds code or classes, or it is damaged. Such files are never "
