@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from neuron_lightning import checkpoint
 from neuron_lightning.checkpoint.boxes import Box
@@ -184,3 +188,74 @@ def test_slices_are_all_of_a_tensor_in_order() -> None:
         pieces = [cases.entry(tensor).read(box).reshape(-1) for box in contents.slices(shape, 4, 16)]
         assert torch.equal(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1))
         assert all(piece.numel() <= 4 for piece in pieces)
+
+
+class Executes:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("where", ["dcp metadata", "dcp value", "lightning"])
+def test_a_pickle_with_code_is_refused(tmp_path: Path, where: str) -> None:
+    kind = where.split()[0]
+    model = contents.Contents(tensors={"model/a.weight": cases.entry(torch.ones(4, 4))})
+    formats.write(tmp_path / "x", model, formats.ConvertOptions(target=kind))
+    harm = Executes(tmp_path / "executed")
+    if where == "dcp metadata":
+        (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(harm))
+    elif where == "dcp value":
+        shutil.rmtree(tmp_path / "x")
+        dcp.save(
+            {"model": {"a": torch.ones(2)}, "neuron_lightning": harm},
+            checkpoint_id=tmp_path / "x",
+            no_dist=True,
+        )
+    else:
+        torch.save({"state_dict": {"a.weight": torch.ones(4, 4)}, "hyper_parameters": harm}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="refused"):
+        formats.convert(tmp_path / "x", tmp_path / "ours", formats.ConvertOptions(target="neuron"))
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "ours").exists()
+
+
+def test_metadata_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    model = contents.Contents(tensors={"model/a.weight": cases.entry(torch.ones(4, 4))})
+    formats.write(tmp_path / "x", model, formats.ConvertOptions(target="dcp"))
+    path = tmp_path / "x" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../elsewhere"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        CheckpointError, match=r"names the file '\.\./elsewhere', which is not in its folder: refused"
+    ):
+        formats.read(tmp_path / "x", formats.ConvertOptions(target="neuron"))
+    formats.write(tmp_path / "hf", model, formats.ConvertOptions(target="hf"))
+    index = {"weight_map": {"a.weight": "../x/model.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./x/model\.safetensors'"):
+        formats.read(tmp_path / "hf", formats.ConvertOptions(target="neuron"))
+
+
+def test_a_folder_that_torch_wrote_from_a_training(tmp_path: Path) -> None:
+    """By the recipe of torch's documentation: get_state_dict, nested under model and optimizer."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    formats.convert(tmp_path / "dcp", tmp_path / "ours", formats.ConvertOptions(target="neuron"))
+    found = cases.tensors_of(tmp_path / "ours")
+    assert all(torch.equal(found[f"model/{name}"], tensor) for name, tensor in model.state_dict().items())
+    moment = optimizer.state[model[1].weight]["exp_avg"]
+    assert torch.equal(found["optimizer.0/1.weight/exp_avg"], moment)
+    described = neuron.read(tmp_path / "ours")
+    assert described.scalars["optimizer.0/0.bias"] == {"step": 1.0}
+    assert described.groups[0][0]["params"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert described.groups[0][0]["options"]["lr"] == 0.1

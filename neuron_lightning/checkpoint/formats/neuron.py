@@ -124,7 +124,7 @@ class _Files:
     def write(self, contents: Contents, progress: Progress) -> Manifest:
         """Writes everything but the manifest, which it returns."""
         count = Counter(progress, "write", sum(entry.nbytes for entry in contents.tensors.values()))
-        state = {name: entry for name, entry in contents.tensors.items() if name.startswith("optimizer.")}
+        state = {name: entry for name, entry in contents.tensors.items() if not name.startswith("model/")}
         model = {name: entry for name, entry in contents.tensors.items() if name not in state}
         for kind, entries in (("model", model), ("optimizer", state)):
             for number, members in enumerate(by_size(list(entries.items()), self._limit), 1):

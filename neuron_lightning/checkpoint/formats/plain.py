@@ -61,4 +61,20 @@ def lightning_keys(trainer: Mapping[str, Any]) -> dict[str, Any]:
         "pytorch-lightning_version": version,
         "lr_schedulers": [],
     }
-    return {**known, **value({k: v for k, v in trainer.items() if k not in ("optimizer_states", "layout")})}
+    kept = {
+        k: v for k, v in trainer.items() if k not in ("optimizer_states", "layout") and not _is_marker(k, v)
+    }
+    if callbacks := kept.get("callbacks"):
+        kept["callbacks"] = {name: _without_markers(state) for name, state in callbacks.items()}
+    return {**known, **value(kept)}
+
+
+def _is_marker(key: str, found: Any) -> bool:
+    """Whether a value stands for a set of averaged weights that a folder of ours holds beside the module's."""
+    return key in ("current_model_state", "average_model_state") and isinstance(found, str)
+
+
+def _without_markers(state: Any) -> Any:
+    if not isinstance(state, Mapping):
+        return state
+    return {key: found for key, found in state.items() if not _is_marker(key, found)}
