@@ -16,8 +16,8 @@ from neuron_lightning.checkpoint.formats.compare import Difference, differences
 from neuron_lightning.checkpoint.formats.contents import Contents
 from neuron_lightning.checkpoint.manifest import Manifest
 from neuron_lightning.checkpoint.reader import Checkpoint
-from neuron_lightning.cli.transfer import Transfer
 from neuron_lightning.errors import CheckpointError
+from neuron_lightning.lightning.checkpoint_io import show_transfer
 from neuron_lightning.models.llama_nxd import NXD_LLAMA
 
 HELP = "inspect, verify or compare checkpoints"
@@ -126,7 +126,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 )
             checkpoint = Checkpoint(path)
             checkpoint.check_listing()
-            with Transfer(f"Verifying {path}") as progress:
+            with show_transfer("Verifying", path) as progress:
                 neuron.check_hashes(checkpoint, progress)
         except CheckpointError as error:
             print(f"{path}: DAMAGED: {error}")
@@ -142,7 +142,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         _read(p, weights_only=arguments.weights_only, verify=True)
         for p in (arguments.first, arguments.second)
     )
-    with Transfer("Comparing") as progress:
+    with show_transfer("Comparing", f"{arguments.first} with {arguments.second}") as progress:
         found = differences(first, second, progress)
     if not found:
         print(f"equal: {len(first.tensors)} tensors, bit for bit")
@@ -164,7 +164,7 @@ def _read(path: Path, *, weights_only: bool, verify: bool) -> Contents:
     options = formats.ConvertOptions(
         target="neuron", rules=NXD_LLAMA, weights_only=weights_only, verify=verify
     )
-    with Transfer(f"Reading {path}") as progress:
+    with show_transfer("Reading", path) as progress:
         contents = formats.read(path, options, progress)
     return contents.weights_only() if weights_only else contents
 

@@ -16,8 +16,8 @@ from neuron_lightning.checkpoint.formats import names
 from neuron_lightning.checkpoint.formats import safetensor_formats as tensors
 from neuron_lightning.checkpoint.formats.contents import Contents
 from neuron_lightning.checkpoint.formats.nxd_layout import KINDS, KV_ORDERS
-from neuron_lightning.cli.transfer import Transfer
 from neuron_lightning.errors import CheckpointError
+from neuron_lightning.lightning.checkpoint_io import show_transfer
 from neuron_lightning.models.llama_hf import from_hf_name, to_hf_name
 from neuron_lightning.models.llama_nxd import NXD_LLAMA
 
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
         fuse_qkv=arguments.fuse_qkv,
         no_decay=arguments.no_decay,
     )
-    with Transfer(f"Converting {source}") as progress:
+    with show_transfer("Converting", source) as progress:
         contents = formats.read(source, options, progress)
         contents = contents.renamed(_rename(arguments, source_format, contents))
         written = formats.finish(arguments.target, contents, options, progress)
