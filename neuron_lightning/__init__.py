@@ -21,11 +21,15 @@ _HOMES = {
     "NeuronXLAAccelerator": "lightning.accelerator",
     "NeuronXLAPrecisionPlugin": "lightning.precision",
     "NeuronXLAStrategy": "lightning.strategy",
+    "finalize_checkpoint": "compat.checkpoint",
+    "has_checkpoint": "compat.checkpoint",
     "initialize_parallel_model": "lightning.model",
     "initialize_parallel_optimizer": "optim",
+    "load_checkpoint": "compat.checkpoint",
     "load_from_checkpoint": "lightning.load",
     "load_weights": "lightning.load",
     "neuronx_distributed_config": "config",
+    "save_checkpoint": "compat.checkpoint",
 }
 _MODULES = {"parallel_state": "parallel.parallel_state", "xm": "compat.xm"}
 

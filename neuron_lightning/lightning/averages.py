@@ -8,7 +8,6 @@ way round. Both think of one process that holds everything; here each rank has i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def take(checkpoint: dict[str, Any], module: LightningModule) -> dict[str, Mappi
     return found
 
 
-def put_back(path: Path, checkpoint: dict[str, Any], module: LightningModule, *, verify: bool) -> None:
+def put_back(path: str, checkpoint: dict[str, Any], module: LightningModule, *, verify: bool) -> None:
     """Puts them back as this rank's shards, where the callbacks look for them. All ranks together.
 
     Args:

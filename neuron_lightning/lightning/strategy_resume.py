@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ class ResumeMixin(CheckpointMixin):
     """Choosing and loading of checkpoints."""
 
     _auto_resume: bool = False
-    _restored_from: Path | None = None
+    _restored_from: str | None = None
     _file: PlainFile | None = None
     """The Lightning file that is restored from, if it is one."""
     _verified: str | None = None
@@ -83,13 +84,12 @@ class ResumeMixin(CheckpointMixin):
             CheckpointError: neither of them, or damaged.
         """
         get_backend().empty_cache()
-        path = Path(checkpoint_path)
-        self._file = PlainFile(path, trusted=weights_only is False) if path.is_file() else None
+        path = os.fspath(checkpoint_path)
+        self._file = PlainFile(Path(path), trusted=weights_only is False) if os.path.isfile(path) else None
         if self._file is None and not folder.is_checkpoint(path):
-            kind = "a folder without a manifest" if path.exists() else "not there"
             raise CheckpointError(
-                f"{path} is not a checkpoint of this package ({kind}): pass the folder that contains manifest.json, or "
-                "a Lightning .ckpt file; other formats are converted by `neuron-lightning convert`."
+                f"{path} is not a checkpoint of this package ({_kind(path)}): pass the folder that contains "
+                "manifest.json, or a Lightning .ckpt file; other formats are converted by `neuron-lightning convert`."
             )
         state = dict(folder.read_trainer_state(path) if self._file is None else self._file.trainer_state())
         if state.pop("step_done", False) and self._trainer().state.fn == TrainerFn.FITTING:
@@ -105,7 +105,7 @@ class ResumeMixin(CheckpointMixin):
         self._take_rank_state(path, state)
         return {**state, "state_dict": {}}
 
-    def _take_rank_state(self, path: Path, state: dict[str, Any]) -> None:
+    def _take_rank_state(self, path: str, state: dict[str, Any]) -> None:
         """Takes over what is this rank's: random states where the layout is the same, loaders' states by replica."""
         saved, present = state.pop("layout", None), layout()
         rank_state = folder.read_rank_state(path, self.global_rank) if saved == present else None
@@ -117,7 +117,7 @@ class ResumeMixin(CheckpointMixin):
         if "loops" in state:
             internals_loops.put_loader_states(state["loops"], loaders)
 
-    def _loaders_of_replica(self, path: Path, saved: Mapping[str, int]) -> list[Any]:
+    def _loaders_of_replica(self, path: str, saved: Mapping[str, int]) -> list[Any]:
         """The loaders' states of the rank that read what this one reads, in a layout of other tensor-parallel size."""
         dp_size = mesh.current().sizes["dp"]
         stored = folder.read_rank_state(path, mesh.current().coordinates["dp"] * saved["tp"]) or {}
@@ -144,12 +144,12 @@ class ResumeMixin(CheckpointMixin):
                     module.state_dict(),
                     dict(module.named_parameters()),
                     strict=strict,
-                    verify=self._verified != str(self._restored_from),
+                    verify=self._verified != self._restored_from,
                     progress=progress,
                 )
         if isinstance(checkpoint, dict) and self._file is None:
             averages.put_back(
-                self._restored_from, checkpoint, module, verify=self._verified != str(self._restored_from)
+                self._restored_from, checkpoint, module, verify=self._verified != self._restored_from
             )
         for optimizer in self.optimizers:
             if hasattr(optimizer, "reload_master_weights"):
@@ -168,7 +168,7 @@ class ResumeMixin(CheckpointMixin):
                 self._restored_from,
                 self._stateful(),
                 dict(module.named_parameters()),
-                verify=self._verified != str(self._restored_from),
+                verify=self._verified != self._restored_from,
                 progress=progress,
             )
 
@@ -185,3 +185,15 @@ class ResumeMixin(CheckpointMixin):
             random.setstate(states["python"])
             numpy.random.set_state(states["numpy"])
             set_rng_state(states["torch"])
+
+
+def _kind(path: str) -> str:
+    if "://" in path:
+        return "nothing committed is there"
+    return (
+        "a file"
+        if Path(path).is_file()
+        else "a folder without a manifest"
+        if Path(path).exists()
+        else "not there"
+    )
