@@ -6,7 +6,7 @@ key, old and new value, unless ``NeuronXLAStrategy(resume_override=…)`` names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,6 +33,7 @@ _MAY_DIFFER = (
 )
 """Parts of hyper-parameter names that say where and how long, not what."""
 _COMPUTE = ("params", "fused", "foreach", "capturable", "differentiable")
+_SAMPLED_STEPS = (1, 10, 100, 1_000, 10_000, 100_000)
 _MOVING = (
     "last_epoch",
     "_step_count",
@@ -170,12 +171,25 @@ def _optimizer_facts(index: int, optimizer: Any) -> dict[str, Any]:
     return noted
 
 
-def _scheduler_facts(index: int, scheduler: Any) -> dict[str, Any]:
+def _scheduler_facts(index: int | str, scheduler: Any) -> dict[str, Any]:
     noted: dict[str, Any] = {f"scheduler.{index}.class": type(scheduler).__qualname__}
     for key, value in scheduler.state_dict().items():
         if key not in _MOVING and (plain := _plain(value)) is not None:
             noted[f"scheduler.{index}.{key}"] = plain
+    for number, function in enumerate(getattr(scheduler, "lr_lambdas", ())):
+        if values := _values(function):
+            noted[f"scheduler.{index}.lambda{number}"] = values
+    for number, part in enumerate(getattr(scheduler, "_schedulers", ())):
+        noted.update(_scheduler_facts(f"{index}.{number}", part))
     return noted
+
+
+def _values(function: Callable[[int], Any]) -> list[float]:
+    """What a schedule that is a function gives at some steps; none if it cannot be asked for them."""
+    try:
+        return [float(function(step)) for step in _SAMPLED_STEPS]
+    except (ArithmeticError, ValueError, TypeError, LookupError):
+        return []
 
 
 def _plain(value: Any) -> Any:

@@ -190,10 +190,4 @@ class ResumeMixin(CheckpointMixin):
 def _kind(path: str) -> str:
     if "://" in path:
         return "nothing committed is there"
-    return (
-        "a file"
-        if Path(path).is_file()
-        else "a folder without a manifest"
-        if Path(path).exists()
-        else "not there"
-    )
+    return "a folder without a manifest" if os.path.exists(path) else "not there"

@@ -200,3 +200,26 @@ class Masked(Noisy):
     def __init__(self):
         super().__init__()
         self.register_buffer("mask", torch.full((2, 2), float("-inf")))
+
+
+class Curved(Tunable):
+    """A schedule that is a function: nothing of it is in its state."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        length = 100 * self.gamma
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1 - step / length))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_schedule_that_is_a_function_is_compared_by_its_values(tmp_path):
+    saving = NeuronModelCheckpoint(str(tmp_path), every_n_train_steps=2, filename="{step}")
+    try:
+        run(lambda: Curved(gamma=1), {}, saving, max_steps=2)
+        with pytest.raises(ConfigError, match=r"scheduler\.0\.lambda0: \[0\.99, 0\.9, .*resume_override=\['scheduler'\]"):
+            run(lambda: Curved(gamma=2), {}, saving, ckpt_path="last", max_steps=4)
+        override = {"resume_override": ["scheduler"]}
+        _, module, _ = run(lambda: Curved(gamma=2), override, saving, ckpt_path="last", max_steps=4)
+        assert module.lrs == pytest.approx([0.02 * (1 - 3 / 200), 0.02 * (1 - 4 / 200)])
+    finally:
+        parallel_state.destroy_model_parallel()
