@@ -12,12 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from neuron_lightning import checkpoint
-from neuron_lightning.errors import CheckpointError
 from tests.faults import disks, drill
+from tests.faults.blocks import Block, check_steps
 from tests.faults.crew import Crew, Trace, read_trace
 from tests.faults.harness import Outcome, Pools, rng
 
@@ -26,6 +23,7 @@ FULL, SHARE = 1000, 12
 SOURCES = (
     "neuron_lightning/checkpoint/*.py",
     "neuron_lightning/errors.py",
+    "tests/faults/blocks.py",
     "tests/faults/crew.py",
     "tests/faults/disks.py",
 )
@@ -43,22 +41,9 @@ def cases(count: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-class Block(nn.Module):
-    """Every element of every tensor is the step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        tensors = [nn.Parameter(torch.full((64, 256), float(step))) for _ in range(6)]
-        self.tensors = nn.ParameterList(tensors)
-
-    def save(self, root: Path, step: int, replace: bool) -> None:
-        """To one name, or to one for each step."""
-        checkpoint.write_checkpoint(
-            root / ("newest" if replace else f"step={step}"),
-            module_state=self.state_dict(),
-            parameters=dict(self.named_parameters()),
-            trainer_state={"global_step": step, "again": torch.full((1000,), float(step))},
-        )
+def save(root: Path, step: int, replace: bool) -> None:
+    """To one name, or to one for each step."""
+    checkpoint.write_checkpoint(root / ("newest" if replace else f"step={step}"), **Block(step).what(step))
 
 
 def write_on(root: str, replace: bool, home: str, saves: int, trace_file: str) -> None:
@@ -70,7 +55,7 @@ def write_on(root: str, replace: bool, home: str, saves: int, trace_file: str) -
     _watch_writes(Path(root), trace)
     trace.mark("start")
     for step in range(1, saves + 1):
-        Block(step).save(Path(root), step, replace)
+        save(Path(root), step, replace)
         trace.mark(f"saved {step}")
         if not replace and step > 2:
             checkpoint.remove_checkpoint(Path(root) / f"step={step - 2}")
@@ -150,9 +135,9 @@ def run(case: dict[str, Any], scratch: Path, pools: Pools) -> Outcome:
         try:
             newest = _look(root, read_trace(scratch / "trace"), case["replace"])
             left = sorted(path.name for path in root.iterdir())
-            Block(newest + 1).save(root, newest + 1, case["replace"])
-            if _check(root)[-1] != newest + 1:
-                raise drill.Lost(f"step {newest + 1} was saved, {_check(root)} are there")
+            save(root, newest + 1, case["replace"])
+            if check_steps(root)[-1] != newest + 1:
+                raise drill.Lost(f"step {newest + 1} was saved, {check_steps(root)} are there")
             _tidy(root, home, newest + 1, case["replace"])
         except AssertionError as error:
             return Outcome(drill.verdict_of(error), f"{error}\n{drill.outputs(scratch)}")
@@ -166,30 +151,13 @@ def _look(root: Path, trace: list[tuple[float, str]], replace: bool) -> int:
     if outside:
         raise drill.Wrong(f"written outside of the root: {outside}")
     saved = max((int(event.split()[1]) for _, event in trace if event.startswith("saved")), default=0)
-    steps = _check(root)
+    steps = check_steps(root)
     newest = max(steps, default=0)
     if newest not in (saved, saved + 1):
         raise drill.Lost(f"step {saved} had been saved, {steps} are there")
     if not replace and saved > 1 and not {saved, saved - 1} <= {*steps, newest - 1}:
         raise drill.Lost(f"steps {saved - 1} and {saved} had been saved, {steps} are there")
     return newest
-
-
-def _check(root: Path) -> list[int]:
-    """Steps of all that is committed, each read in full; every element must be of that step."""
-    steps = []
-    for info in checkpoint.list_checkpoints(root):
-        try:
-            checkpoint.verify_checkpoint(info.path)
-            values = [*checkpoint.read_full_state(info.path).values()]
-            trainer = checkpoint.read_trainer_state(info.path)
-        except CheckpointError as error:
-            raise drill.Lost(f"{info.path} is committed and damaged: {error}") from error
-        found = {float(v) for tensor in [*values, trainer["again"]] for v in tensor.unique()}
-        if found != {float(trainer["global_step"])} or trainer["global_step"] != info.step:
-            raise drill.Mixed(f"{info.path} of step {info.step} holds values of the steps {sorted(found)}")
-        steps.append(int(info.step or 0))
-    return steps
 
 
 def _tidy(root: Path, home: Path, newest: int, replace: bool) -> None:
