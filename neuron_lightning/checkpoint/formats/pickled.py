@@ -73,9 +73,13 @@ def load(path: Path, *, trusted: bool = False) -> Any:
 
 
 def reason(error: BaseException) -> str:
+    """What torch says is wrong with a file, without its advice to run the code in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
-    return told.partition("error: ")[2][:300] or told[:300]
+    at = next((number for number, line in enumerate(lines) if "rror:" in line), None)
+    if at is None:
+        return (lines[0] if lines else type(error).__name__)[:300]
+    after = lines[at].rpartition("rror:")[2].strip()
+    return (after or " ".join(lines[at + 1 : at + 2]) or type(error).__name__)[:300]
 
 
 def _is_zip(path: Path) -> bool:
