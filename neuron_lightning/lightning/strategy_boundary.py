@@ -50,6 +50,7 @@ class BoundaryMixin(CheckpointMixin):
         """
         self._deferred = []
         self._saves.wait_alone(_IN_FLIGHT_S)
+        self._saves.look()
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
             failures.report_interrupt(self._trainer(), exception)
 

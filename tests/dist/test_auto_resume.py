@@ -150,6 +150,28 @@ def test_of_two_names_for_one_step_the_later_version_counts(tmp_path):
         parallel_state.destroy_model_parallel()
 
 
+def test_a_folder_in_an_object_store(tmp_path):
+    """No links and no locks there; everything else as on a disk."""
+    folder = f"memory://{tmp_path.name}/ckpt"
+    arguments = {
+        "monitor": "score",
+        "every_n_train_steps": 2,
+        "save_top_k": 1,
+        "save_last": True,
+        "filename": "{step}",
+    }
+    try:
+        run(Scored, {"auto_resume": True}, NeuronModelCheckpoint(folder, **arguments), max_steps=8)
+        assert steps_in(folder) == [4, 8]
+        saving = NeuronModelCheckpoint(folder, **arguments)
+        again, _, _ = run(Scored, {"auto_resume": True, "async_save": True}, saving, max_steps=12)
+        assert again.ckpt_path == f"{folder}/step=8.ckpt"
+        assert steps_in(folder) == [4, 12]
+        assert (saving.best_model_path, saving.last_model_path) == (f"{folder}/step=4.ckpt", f"{folder}/step=12.ckpt")
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
 HOLDER = """
 import sys, time
 from neuron_lightning.lightning.folder_lock import FolderLocks

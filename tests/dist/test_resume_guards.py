@@ -216,7 +216,7 @@ def test_a_schedule_that_is_a_function_is_compared_by_its_values(tmp_path):
     saving = NeuronModelCheckpoint(str(tmp_path), every_n_train_steps=2, filename="{step}")
     try:
         run(lambda: Curved(gamma=1), {}, saving, max_steps=2)
-        with pytest.raises(ConfigError, match=r"scheduler\.0\.lambda0: \[0\.99, 0\.9, .*resume_override=\['scheduler'\]"):
+        with pytest.raises(ConfigError, match=r"(?s)scheduler\.0\.lambda0: \[0\.99, 0\.9, .*resume_override=\['scheduler'\]"):
             run(lambda: Curved(gamma=2), {}, saving, ckpt_path="last", max_steps=4)
         override = {"resume_override": ["scheduler"]}
         _, module, _ = run(lambda: Curved(gamma=2), override, saving, ckpt_path="last", max_steps=4)
