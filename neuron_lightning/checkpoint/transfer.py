@@ -176,7 +176,8 @@ class _File:
             expected = (wants[0].dtype, wants[0].stored.box.shape)
             if found.get(key) != expected:
                 raise CheckpointError(
-                    f"{self._reader.where}: {key} is {found.get(key, 'missing')}, but the manifest says {expected}."
+                    f"{self._reader.where}: {key} is {found.get(key, 'missing')}, but the manifest says {expected}: the "
+                    "file is damaged; use another checkpoint."
                 )
 
     def _read_entry(self, start: int, entry: Entry, wants: Sequence[Want]) -> None:

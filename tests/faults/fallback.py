@@ -90,5 +90,6 @@ def _names(error: str, checkpoint: Path, named: str | None) -> bool:
     if named == "manifest.json" and f"{checkpoint} is not a checkpoint" in error:
         return named in error
     if named:
-        return f"{checkpoint}/{named} " in error or f"{checkpoint} holds {named!r}" in error
+        whole_name = re.escape(f"{checkpoint}/{named}") + r"(?![\w.-])"
+        return re.search(whole_name, error) is not None or f"{checkpoint} holds {named!r}" in error
     return str(checkpoint) in error
