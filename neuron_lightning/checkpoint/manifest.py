@@ -16,6 +16,7 @@ stands before it; a file that differs from the canonical form by one byte is ref
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -112,7 +113,8 @@ class Manifest:
                 )
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Versions of what writes the checkpoint."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("neuron_lightning", "lightning"):

@@ -95,7 +95,8 @@ def plan_optimizers(
         sources = []
         for piece in state.export(optimizer):
             found = _Stored(checkpoint, index, piece, names.name_of(piece.param), tp_size)
-            optimizer.import_state([found.with_room()])
+            if (room := found.with_room()) is not None:
+                optimizer.import_state([room])
             sources.append(found)
         for piece, found in zip(state.export(optimizer), sources, strict=True):
             wants += found.wants(piece)
@@ -119,20 +120,22 @@ class _Stored:
             sources.setdefault("master", "model/{}")
         self._records = {key: self._find(source) for key, source in sources.items()}
 
-    def with_room(self) -> Any:
-        """The piece with its stored numbers, and tensors that are yet to be filled.
+    def with_room(self) -> Any | None:
+        """The piece with its stored numbers, and tensors that are yet to be filled; None if it has just those.
 
-        What nobody stores (padding) keeps its present value, or is zero.
+        What nobody stores (padding) keeps its present value, or is zero. Master weights are always there.
         """
-        length = self._piece.stop - self._piece.start
-        tensors = {}
-        for key, records in self._records.items():
-            dtype = records[0].dtype if records else torch.float32
-            present = self._piece.tensors.get(key)
-            tensors[key] = torch.zeros((), dtype=dtype).expand(length) if present is None else present
+        length, present = self._piece.stop - self._piece.start, self._piece.tensors
         stored = self._checkpoint.manifest.scalars
-        scalars = next((stored[owner] for owner in self._owners if owner in stored), {})
-        return dataclasses.replace(self._piece, tensors=tensors, scalars=dict(scalars))
+        scalars = dict(next((stored[owner] for owner in self._owners if owner in stored), {}))
+        keys = self._records.keys() - {"master"}
+        if keys == present.keys() - {"master"} and scalars == dict(self._piece.scalars):
+            return None
+        tensors = {}
+        for key in keys:
+            dtype = self._records[key][0].dtype if self._records[key] else torch.float32
+            tensors[key] = present[key] if key in present else torch.zeros((), dtype=dtype).expand(length)
+        return dataclasses.replace(self._piece, tensors=tensors, scalars=scalars)
 
     def wants(self, piece: Any) -> list[Want]:
         """What to read into the live tensors of the piece."""

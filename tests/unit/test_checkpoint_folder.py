@@ -166,6 +166,21 @@ def test_a_resumed_optimizer_goes_on_bit_exactly(
     assert same(model, fresh)
 
 
+def test_state_that_an_optimizer_already_has_is_overwritten_where_it_is(tmp_path: Path) -> None:
+    def adam(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(p, lr=0.1)
+
+    model, optimizer = trained(0, adam, 3)
+    save(tmp_path / "a", model, [optimizer])
+    for steps in (3, 5):
+        other, resumed = trained(1, adam, steps)
+        load(tmp_path / "a", other)
+        checkpoint.load_optimizer_state(tmp_path / "a", [resumed], dict(other.named_parameters()))
+        for got, want in zip(resumed.export_state(), optimizer.export_state(), strict=True):
+            assert got.scalars == want.scalars
+            assert all(torch.equal(got.tensors[key], want.tensors[key]) for key in want.tensors)
+
+
 def test_optimizer_state_has_canonical_names(tmp_path: Path) -> None:
     model, optimizer = trained(0, lambda p: torch.optim.Adam(p), 2)
     save(tmp_path / "a", model, [optimizer])
