@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -20,6 +21,7 @@ from neuron_lightning.errors import CheckpointError
 MANIFEST = "manifest.json"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_OUR_FILES = re.compile(r"(manifest|trainer|rank-\d+)[\w.]*\.(json|safetensors)$")
 _GRAVE = ".removed"
 _TEMPORARY = (".tmp", ".old", _GRAVE)
 
@@ -151,6 +153,17 @@ def remove(target: Path) -> None:
     _delete(grave)
 
 
+def clear_unfinished(parent: Path) -> None:
+    """Deletes what killed saves and removals left in a folder; only the one job that saves there may call it.
+
+    Raises:
+        OSError: no permission.
+    """
+    for path in parent.iterdir():
+        if path.suffix in (".tmp", _GRAVE) and path.is_dir() and not path.is_symlink() and _is_ours(path):
+            _delete(path)
+
+
 def require_regular(path: Path) -> int:
     """The size of a file that must be a regular one.
 
@@ -178,6 +191,11 @@ def sync_folder(folder: Path) -> None:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether all that it holds has names of a checkpoint's files."""
+    return all(_OUR_FILES.match(path.name) for path in folder.iterdir())
 
 
 def _clear_graves(parent: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from neuron_lightning.checkpoint import exchange
+from neuron_lightning.checkpoint import commit, exchange
 from neuron_lightning.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class FolderLocks:
         self._held: dict[str, int] = {}
 
     def acquire(self, folders: list[str]) -> None:
-        """Takes the locks of local folders, and makes the folders. Collective.
+        """Takes the locks of local folders, makes the folders, and clears up after a killed job. Collective.
 
         Raises:
             CheckpointError: on all ranks; another job trains into a folder (who is named), or it cannot be written.
@@ -65,6 +65,7 @@ class FolderLocks:
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(note).encode(), 0)
+        commit.clear_unfinished(Path(folder))
 
 
 def _locked(path: Path) -> int | None:

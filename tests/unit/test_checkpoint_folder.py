@@ -518,6 +518,20 @@ def test_a_folder_that_is_being_deleted_is_no_checkpoint_at_any_moment(
     assert whole == [False, False]
 
 
+def test_what_a_killed_job_left_is_cleared_up_and_nothing_else(saved: Path) -> None:
+    parent = saved.parent
+    shutil.copytree(saved, parent / "b.tmp")
+    shutil.copytree(saved, parent / "c.removed")
+    (parent / "empty.tmp").mkdir()
+    (parent / "mine.tmp").mkdir()
+    (parent / "mine.tmp" / "notes.txt").write_text("precious")
+    (parent / "file.tmp").write_text("precious")
+    (parent / "link.tmp").symlink_to(saved)
+    commit.clear_unfinished(parent)
+    assert sorted(f.name for f in parent.iterdir()) == ["a", "file.tmp", "link.tmp", "mine.tmp"]
+    checkpoint.verify_checkpoint(saved)
+
+
 def test_an_interrupted_save_is_explained(tmp_path: Path) -> None:
     commit.temporary(tmp_path / "a").mkdir()
     with pytest.raises(CheckpointError, match="the save was interrupted"):
