@@ -10,7 +10,7 @@ from torch import nn
 
 from neuron_lightning import checkpoint
 from neuron_lightning.errors import CheckpointError
-from tests.faults.drill import Lost, Mixed
+from tests.faults.reference import Lost, Mixed
 
 TENSORS = 6
 

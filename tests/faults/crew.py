@@ -14,6 +14,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -128,6 +129,12 @@ class Crew:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
 
+    def wait_until(self, reached: Callable[[], bool], timeout: float) -> None:
+        """Waits until ``reached``, or a rank has ended, or the time is up."""
+        deadline = time.monotonic() + timeout
+        while not reached() and all(code is None for code in self.codes) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
     def wait(self, timeout: float) -> bool:
         """Waits until all have ended; whether they did within ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
@@ -166,10 +173,11 @@ def _rank_main(
     try:
         target(*arguments)
     except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter does at the top of a script
         sys.excepthook(*sys.exc_info())
         code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -39,7 +39,7 @@ from neuron_lightning.testing import RankFailure, RankPool
 ROOT = Path(__file__).resolve().parents[2]
 Verdict = Literal["ok", "lost", "mixed", "silent", "hang", "wrong"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "lost", "mixed", "silent", "hang", "wrong")
-DEFAULT_TIMEOUT_S = 180.0
+DEFAULT_TIMEOUT_S = 400.0
 SOURCES = (
     "neuron_lightning/*.py",
     *(f"neuron_lightning/{f}/*.py" for f in ("backends", "parallel", "checkpoint", "optim", "data", "lightning")),

@@ -13,12 +13,16 @@ from tests.faults.training import Job
 NUMBER, TITLE = 2, "SIGKILL at every named point of a save"
 
 _EVERY_RANK = ("share_opened", "share_written", "share_synced", "gathered")
-_RANK_0 = ("prepared", "manifest_written", "before_rename", "after_rename", "parent_synced", "old_removed")
+_RANK_0 = ("prepared", "manifest_written", "before_rename", "after_rename", "parent_synced")
 _JOBS = {
     "fresh": Job(),
-    "fresh tp=2": Job(tp=2, precision="bf16-true"),
+    "fresh tp=2": Job(tp=2, precision="bf16-true", ours=True, auto_resume=True),
     "replaced": Job(keep=0),
-    "replaced tp=2": Job(tp=2, precision="bf16-true", keep=0),
+    "replaced tp=2": Job(tp=2, precision="bf16-true", keep=0, ours=True),
+    "background": Job(asynchronous=True, ours=True, auto_resume=True),
+    "background, replaced, tp=2": Job(
+        tp=2, precision="bf16-true", keep=0, asynchronous=True, ours=True, auto_resume=True
+    ),
 }
 
 
@@ -31,7 +35,7 @@ def _combinations() -> list[dict[str, Any]]:
         if job.asynchronous:
             places += [("snapshot_taken", rank) for rank in range(drill.WORLD)]
         if job.keep == 0:
-            places.append(("renamed_aside", 0))
+            places += [("renamed_aside", 0), ("old_removed", 0)]
         for point, rank in places:
             found.append({"target": target, "job": asdict(job), "point": point, "rank": rank})
     return found

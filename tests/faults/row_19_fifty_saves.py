@@ -26,9 +26,9 @@ _SAVES = 50
 _WARM = 10
 """Saves after which buffers and caches have their size."""
 _KEEP = 2
-_ELEMENTS = 1 << 18
+_ELEMENTS = 1 << 17
 _LEAK_BYTES = 2 << 20
-"""Less than a fortieth of what one leaked snapshot in forty saves would be."""
+"""A rank's share of a save is three times as much."""
 
 
 def cases(count: int, seed: int) -> list[dict[str, Any]]:

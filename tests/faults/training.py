@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from neuron_lightning import NeuronXLAStrategy
+from neuron_lightning import NeuronCheckpointIO, NeuronModelCheckpoint, NeuronXLAStrategy
 from neuron_lightning.checkpoint import points
 from neuron_lightning.parallel import ColumnParallelLinear, RowParallelLinear
 from tests.faults.crew import Trace
@@ -37,7 +37,8 @@ class Job:
         interval: steps between saves.
         keep: checkpoints that are kept; -1 for all, 0 for one whose name is reused by every save.
         asynchronous: saves go on behind the training.
-        pause_s: sleep in every step.
+        ours: NeuronModelCheckpoint saves, not Lightning's own callback.
+        auto_resume: the strategy finds the checkpoint to go on from.
     """
 
     tp: int = 1
@@ -47,7 +48,8 @@ class Job:
     interval: int = 3
     keep: int = -1
     asynchronous: bool = False
-    pause_s: float = 0.0
+    ours: bool = False
+    auto_resume: bool = False
 
     def changed(self, **values: Any) -> Job:
         """This job with other values."""
@@ -122,8 +124,22 @@ class Watcher(Callback):
         self._trace.mark(f"step {trainer.global_step}")
 
 
+class TracedRemoval(NeuronCheckpointIO):
+    """Marks removals in the trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """As the plugin does."""
+        self._trace.mark("remove")
+        super().remove_checkpoint(path)
+        self._trace.mark("removed")
+
+
 class TracedStrategy(NeuronXLAStrategy):
-    """Marks loads, saves and removals in the trace."""
+    """Marks loads and saves in the trace."""
 
     trace: Trace
 
@@ -138,12 +154,6 @@ class TracedStrategy(NeuronXLAStrategy):
         super().save_checkpoint(*args, **kwargs)
         self.trace.mark("save returns")
 
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """As the strategy does."""
-        self.trace.mark("remove")
-        super().remove_checkpoint(filepath)
-        self.trace.mark("removed")
-
 
 def loader(job: Job, world_size: int) -> DataLoader[Any]:
     """Shuffled; eight batches an epoch."""
@@ -153,17 +163,19 @@ def loader(job: Job, world_size: int) -> DataLoader[Any]:
 
 
 def saver(job: Job, folder: Path) -> ModelCheckpoint:
-    """Lightning's callback for what the job keeps."""
+    """The callback for what the job keeps."""
     common: dict[str, Any] = {
         "dirpath": folder,
         "every_n_train_steps": job.interval,
         "enable_version_counter": False,
+        "filename": "newest" if job.keep == 0 else "{step}",
+        "save_top_k": job.keep or 1,
     }
-    if job.keep == 0:
-        return ModelCheckpoint(filename="newest", save_top_k=1, **common)
-    if job.keep < 0:
-        return ModelCheckpoint(filename="{step}", save_top_k=-1, **common)
-    return ModelCheckpoint(filename="{step}", save_top_k=job.keep, monitor="step", mode="max", **common)
+    if job.ours:
+        return NeuronModelCheckpoint(**common)
+    if job.keep > 0:
+        return ModelCheckpoint(monitor="step", mode="max", **common)
+    return ModelCheckpoint(**common)
 
 
 def train(
@@ -179,7 +191,7 @@ def train(
         job: what to train.
         folder: shared by all attempts.
         attempt: names the files of this one.
-        resume: checkpoint to go on from.
+        resume: checkpoint to go on from; not looked at under ``auto_resume``.
         more: makes further callbacks; may register points.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -191,7 +203,13 @@ def train(
     extra = more(job, trace, base) if more is not None else []
     seed_everything(11, verbose=False)
     module = Tiny(job)
-    strategy = TracedStrategy(tensor_parallel_size=job.tp, zero1=True, **_saving(job))
+    strategy = TracedStrategy(
+        tensor_parallel_size=job.tp,
+        zero1=True,
+        async_save=job.asynchronous,
+        auto_resume=job.auto_resume,
+        checkpoint_io=TracedRemoval(trace),
+    )
     strategy.trace = trace
     watcher = Watcher(trace, base / f"numbers-{attempt}-{rank}")
     trainer = Trainer(
@@ -205,14 +223,10 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader(job, world), ckpt_path=resume)
+    trainer.fit(module, loader(job, world), ckpt_path=None if job.auto_resume else resume)
     trace.mark("fitted")
     (base / f"result-{attempt}-{rank}").write_text(_digest(module, strategy))
     trace.mark("end")
-
-
-def _saving(job: Job) -> dict[str, Any]:
-    return {"async_save": True} if job.asynchronous else {}
 
 
 def _digest(module: LightningModule, strategy: NeuronXLAStrategy) -> str:
