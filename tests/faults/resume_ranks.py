@@ -6,6 +6,7 @@ norm as exact numbers. A stop raises in the loop or kills the process; the recor
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -203,6 +204,7 @@ def rank_trains(setup: Setup, folder: str, attempt: Attempt) -> str | None:
     """Runs one attempt. Returns the digest of all that this rank holds at the end; None if it was stopped."""
     rank = int(os.environ["RANK"])
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # it has loader workers
+    gc.collect()  # process groups of earlier attempts, lest a forked worker frees them without their threads
     seed_everything(11, verbose=False)
     strategy = NeuronXLAStrategy(**STRATEGIES[setup.layout])
     stops = attempt.killer is None or attempt.killer == rank
