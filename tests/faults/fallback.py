@@ -19,10 +19,10 @@ SOURCES = (
 )
 _READ_BY = {
     "weights": re.compile(r"manifest\.json|rank-\d+\.model\.safetensors"),
-    "optimizer": re.compile(r"manifest\.json|rank-\d+\.optimizer\.safetensors|trainer\..*"),
-    "trainer": re.compile(r"manifest\.json|trainer\..*"),
-    "rank 0": re.compile(r"manifest\.json|rank-00000\.state\..*"),
-    "rank 1": re.compile(r"manifest\.json|rank-00001\.state\..*"),
+    "optimizer": re.compile(r"manifest\.json|rank-\d+\.optimizer\.safetensors|trainer\.(json|safetensors)"),
+    "trainer": re.compile(r"manifest\.json|trainer\.(json|safetensors)"),
+    "rank 0": re.compile(r"manifest\.json|rank-00000\.state\.(json|safetensors)"),
+    "rank 1": re.compile(r"manifest\.json|rank-00001\.state\.(json|safetensors)"),
     "export": re.compile(r"manifest\.json|rank-\d+\.model\.safetensors"),
 }
 """Which files each part of a resume needs, and so must refuse when they are damaged."""
