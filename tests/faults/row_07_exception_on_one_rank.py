@@ -80,7 +80,12 @@ class _Raising(Callback):
             "batch end": "on_train_batch_end",
             "save": "on_save_checkpoint",
         }
-        setattr(self, hooks[place], lambda *args, **kwargs: reached())
+
+        def hook(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            if place != "save" or trainer.global_step:  # before the first step the state is only checked
+                reached()
+
+        setattr(self, hooks[place], hook)
 
 
 def run(case: dict[str, Any], scratch: Path, pools: Pools) -> Outcome:
