@@ -21,7 +21,7 @@ from torch import Tensor
 from neuron_lightning.checkpoint.boxes import Box, cover, view, whole
 from neuron_lightning.errors import CheckpointError
 
-SLICE_BYTES = 4 << 20
+SLICE_BYTES = 1 << 20
 """What a sink asks for at once, at most."""
 
 Progress = Callable[[str, int, int], None]

@@ -57,6 +57,8 @@ from neuron_lightning.errors import CheckpointError
 
 OURS = "neuron_lightning"
 OUR_TENSORS = "neuron_lightning_tensors"
+_CHUNK_BYTES = 4 << 20
+"""Size of the chunks that tensors are cut into."""
 _CACHE_BYTES = 16 << 20
 """Chunks that are kept while boxes of them are read: at least one, whatever its size."""
 _ERRORS = (
@@ -313,7 +315,7 @@ class _Streaming(DefaultSavePlanner):
 
 def _chunks(item: WriteItem, entry: Entry) -> list[WriteItem]:
     data = item.tensor_data
-    boxes = list(slices(entry.shape, entry.dtype.itemsize))
+    boxes = list(slices(entry.shape, entry.dtype.itemsize, _CHUNK_BYTES))
     if data is None or len(boxes) <= 1:
         return [item]
     found = []
