@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import tempfile
@@ -99,6 +100,8 @@ def _in_use(saver: AsyncSaver | None) -> dict[str, int]:
     if saver is not None:
         saver.wait()
     gc.collect()
+    # The cpu backend keeps freed memory with the process: a warm rank's resident size moves by several MB without a leak.
+    ctypes.CDLL(None).malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {
         "memory": resident,
