@@ -13,7 +13,7 @@ ARGS ?=
 SHARD ?= 1/1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-fresh test test-slow test-parity test-faults lint format bench tensorboard clean
+.PHONY: help setup quickstart quickstart-fresh test test-slow test-parity test-faults lint format bench bench-checkpoint tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 
 bench: $(STAMP) ## tokens/s and MFU of a step against the peers (ARGS="--quick" for a short one)
 	$(BIN)/python tools/bench/step.py $(ARGS)
+
+bench-checkpoint: $(STAMP) ## saves and loads against the peers, on the disk under .bench (five minutes)
+	$(BIN)/python tools/bench/checkpoint.py $(ARGS)
 
 tensorboard: $(STAMP) ## look at the logs under runs/
 	$(BIN)/python -m tensorboard.main --logdir runs $(ARGS)

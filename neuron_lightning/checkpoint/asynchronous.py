@@ -81,7 +81,7 @@ class AsyncSaver:
 
         Args:
             path: as in :func:`write_checkpoint`.
-            on_commit: called on rank 0, in the background, right after the commit.
+            on_commit: called on rank 0, in the background, right after the commit; every rank gives one, or none does.
             progress: as in :func:`write_checkpoint`; called in the background.
             what: what to save: the keywords of :func:`write_checkpoint`.
 
@@ -206,7 +206,7 @@ class Snapshot:
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor, non_blocking=True)
         get_backend().synchronize()
-        return lambda file: [host_bytes(self._buffers[file.name])]
+        return lambda file: [(host_bytes(self._buffers[file.name]), True)]
 
     def free(self) -> None:
         """Gives the memory back."""

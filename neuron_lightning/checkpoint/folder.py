@@ -50,6 +50,7 @@ def write_checkpoint(
     state_dict_type: str = "deduped",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    planner: Planner | None = None,
 ) -> None:
     """Writes one checkpoint folder and commits it. Collective.
 
@@ -68,6 +69,8 @@ def write_checkpoint(
             it) or ``"sharded"`` (every rank writes all that it holds).
         progress: called on every rank while it works.
         ranks: who saves together; the default process group where it is None.
+        planner: for a caller that saves the same tensors again and again, the one that it keeps: what has not moved
+            since the save before is not planned anew.
 
     Raises:
         CheckpointError: on all ranks, with the first cause; nothing is left behind, and a checkpoint that was at
@@ -84,7 +87,7 @@ def write_checkpoint(
         state_dict_type=state_dict_type,
     )
     place, ranks = storage.place(path), ranks or Ranks()
-    share = Planner().plan(request, ranks, f"save the checkpoint {place.name}")
+    share = (planner or Planner()).plan(request, ranks, f"save the checkpoint {place.name}")
     writer.write(request, share, writer.live_data(share), place, ranks, progress or _silent)
 
 

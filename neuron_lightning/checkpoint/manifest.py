@@ -22,7 +22,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 
 from neuron_lightning.checkpoint import output, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box, cover, intersect, whole
+from neuron_lightning.checkpoint.collector import uncollected
 from neuron_lightning.checkpoint.commit import MANIFEST
 from neuron_lightning.checkpoint.storage import Folder, LocalFolder
 from neuron_lightning.errors import CheckpointError
@@ -99,6 +100,8 @@ class Manifest:
             CheckpointError: naming the tensor and the box.
         """
         for name, tensor in self.tensors.items():
+            if _are_slabs([stored.box for stored in tensor.boxes], tensor.shape):
+                continue
             _, missing = cover(whole(tensor.shape), (stored.box for stored in tensor.boxes))
             if missing:
                 raise CheckpointError(
@@ -111,6 +114,23 @@ class Manifest:
                     f"{name}: {stored} elements are stored for the {math.prod(tensor.shape)} of shape {tensor.shape}: "
                     "ranks hold overlapping boxes that are not equal."
                 )
+
+
+def _are_slabs(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+    """Whether the boxes are slices of a tensor along one dimension, in order and without a gap: the usual case."""
+    if len(boxes) == 1:
+        return boxes[0] == whole(shape)
+    cut = [d for d, extent in enumerate(shape) if any(box.shape[d] != extent for box in boxes)]
+    if len(cut) != 1:
+        return False
+    end = 0
+    for start, extent in sorted((box.offset[cut[0]], box.shape[cut[0]]) for box in boxes):
+        if start != end:
+            return False
+        end += extent
+    return end == shape[cut[0]] and all(
+        offset == 0 for box in boxes for d, offset in enumerate(box.offset) if d != cut[0]
+    )
 
 
 @functools.cache
@@ -144,8 +164,12 @@ def serialise(manifest: Manifest) -> bytes:
     return _seal(body)
 
 
+@functools.lru_cache(maxsize=1)
+@uncollected
 def parse(raw: bytes, where: str) -> Manifest:
     """Reads and checks the bytes of a manifest; ``where`` names it in messages.
+
+    A resume opens one checkpoint several times: the same bytes are not checked again.
 
     Raises:
         CheckpointError: not in canonical form, a wrong digest, an unknown version, or contents that cannot be right.

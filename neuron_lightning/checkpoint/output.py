@@ -1,8 +1,9 @@
 """New files, hashed while they are written.
 
-Writing is three things at a time: the processor copies into the page cache, a second thread hashes, and the disk
-already works on the pieces before. Without the last, all of the writing to disk would begin with fsync (measured on
-a local disk, two ranks of 242 MB each: 0.58 s against 0.38 s).
+The disk begins with the first piece, not with fsync. The hash of memory that stays as it is comes after the last piece,
+while the disk still works: earlier it would take the processor from those who feed the disk (two ranks of 242 MB each
+on two cores: 1.09 s with the hash beside the writing, 0.92 s with the hash after it, 0.90 s without a hash). It runs
+beside the writing as soon as it is far behind, and for memory that is about to be used for something else.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from queue import Queue
-from threading import Thread
+from queue import SimpleQueue
+from threading import BoundedSemaphore, Thread
 
 ALGORITHM = "sha256"
 CHUNK = 8 << 20
 """Bytes that are written and hashed at a time."""
 _SMALL = 1 << 20
 _LAG = 4
+_FAR_BEHIND = 256 << 20
 
 
 class Sink(ABC):
@@ -83,33 +85,67 @@ class Hasher:
 
     def __init__(self, algorithm: str = ALGORITHM) -> None:
         self._digest = hashlib.new(algorithm)
-        self._queue: Queue[tuple[memoryview, Callable[[], None] | None] | None] = Queue(maxsize=_LAG)
+        self._queue: SimpleQueue[tuple[memoryview, Callable[[], None] | None] | None] = SimpleQueue()
         self._thread: Thread | None = None
+        self._waiting = 0
+        self._abandoned = False
+        self._passing = BoundedSemaphore(_LAG)
 
-    def update(self, data: memoryview, done: Callable[[], None] | None = None) -> None:
-        """Adds ``data``, which must not change before ``done`` is called, or before :meth:`close`."""
-        if self._thread is None:
-            if len(data) < _SMALL:
-                self._add(data, done)
-                return
+    def update(
+        self, data: memoryview, done: Callable[[], None] | None = None, *, stays: bool = False
+    ) -> None:
+        """Adds ``data``, which must not change before ``done`` is called, or before :meth:`close`.
+
+        What ``stays`` may be hashed much later; of anything else only a few pieces are kept waiting.
+        """
+        if self._thread is None and not self._waiting and len(data) < _SMALL:
+            self._add(data, done)
+            return
+        self._waiting += len(data)
+        if stays:
+            self._queue.put((data, done))
+            if self._waiting > _FAR_BEHIND:
+                self.start()
+        else:
+            self.start()
+            self._passing.acquire()
+            self._queue.put((data, self._let_pass(done)))
+
+    def start(self) -> None:
+        """Has it hash all that is there from now on, and what comes."""
+        if self._thread is None and self._waiting:
             self._thread = Thread(target=self._work, name="checkpoint-hash", daemon=True)
             self._thread.start()
-        self._queue.put((data, done))
 
     def close(self) -> str:
         """The hash of everything, in hexadecimal."""
+        self.start()
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
-            self._thread = None
+            self._thread, self._waiting = None, 0
         return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Ends without a hash; nothing that waits is looked at any more."""
+        self._abandoned = True
+        self.close()
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             self._add(*item)
 
+    def _let_pass(self, done: Callable[[], None] | None) -> Callable[[], None]:
+        def passed() -> None:
+            self._passing.release()
+            if done is not None:
+                done()
+
+        return passed
+
     def _add(self, data: memoryview, done: Callable[[], None] | None) -> None:
-        self._digest.update(data)
+        if not self._abandoned:
+            self._digest.update(data)
         if done is not None:
             done()
 
@@ -126,7 +162,7 @@ class HashedFile:
         self._sink = sink
         self._on_bytes = on_bytes
         self._hash = Hasher()
-        self._small: list[memoryview] = []
+        self._small: list[tuple[memoryview, bool]] = []
         self._small_size = 0
         self.size = 0
 
@@ -134,36 +170,53 @@ class HashedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hash.close()
+        self._hash.abandon()
         self._sink.abort()
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends ``data``, whose memory must not change before the file is finished."""
+    def write(self, data: bytes | memoryview, *, stays: bool = False) -> None:
+        """Appends ``data``, whose memory must not change before the file is finished.
+
+        ``stays`` says that somebody else keeps that memory until then anyway, so that the hash may take its time.
+        """
         view = memoryview(data)
         if len(view) < _SMALL:
-            self._small.append(view)
+            self._small.append((view, stays))
             self._small_size += len(view)
             if self._small_size >= _SMALL:
                 self.flush()
             return
         self.flush()
         for start in range(0, len(view), CHUNK):
-            self._put(view[start : start + CHUNK])
+            self._put(view[start : start + CHUNK], stays)
 
     def flush(self) -> None:
         """Hands everything that was written to the operating system."""
         if self._small:
             small, self._small, self._small_size = self._small, [], 0
-            self._put(memoryview(b"".join(small)))
+            joined = memoryview(b"".join(view for view, _ in small))
+            if all(stays for _, stays in small):
+                for view, _ in small:
+                    self._hash.update(view, stays=True)
+            else:
+                self._hash.update(joined)
+            self._write(joined)
+
+    def start_hash(self) -> None:
+        """Begins to hash what was written, if that has not begun: for a caller that will now wait for the disk."""
+        self._hash.start()
 
     def finish(self) -> tuple[int, str]:
         """Makes the file durable and closes it. Returns its size and its hash in hexadecimal."""
         self.flush()
+        self.start_hash()
         self._sink.commit()
         return self.size, self._hash.close()
 
-    def _put(self, chunk: memoryview) -> None:
-        self._hash.update(chunk)
+    def _put(self, chunk: memoryview, stays: bool) -> None:
+        self._hash.update(chunk, stays=stays)
+        self._write(chunk)
+
+    def _write(self, chunk: memoryview) -> None:
         self._sink.write(chunk)
         self.size += len(chunk)
         if self._on_bytes is not None:

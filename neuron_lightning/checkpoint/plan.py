@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neuron_lightning.checkpoint import boxes, tensor_file, typed_json
 from neuron_lightning.checkpoint.boxes import Box
+from neuron_lightning.checkpoint.collector import uncollected
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.state import LocalState, Source
 from neuron_lightning.errors import CheckpointError
@@ -125,6 +126,7 @@ class Planner:
         self._files: tuple[FilePlan, ...] = ()
         self._views: list[list[Tensor]] = []
 
+    @uncollected
     def plan(self, request: Request, ranks: Ranks, what: str) -> Share:
         """This rank's part of a save. Collective. Raises :class:`CheckpointError` on all ranks."""
         if request.state_dict_type not in STATE_DICT_TYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, state
+from neuron_lightning.checkpoint.collector import uncollected
 from neuron_lightning.checkpoint.manifest import TensorRecord
 from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.reader import Checkpoint
@@ -29,6 +31,7 @@ class ModulePlan:
     unexpected: list[str]
 
 
+@uncollected
 def plan_module(
     checkpoint: Checkpoint,
     targets: Mapping[str, Tensor],
@@ -70,6 +73,7 @@ def plan_module(
     return plan
 
 
+@uncollected
 def plan_optimizers(
     checkpoint: Checkpoint,
     optimizers: Sequence[Any],
@@ -82,7 +86,7 @@ def plan_optimizers(
         CheckpointError: no optimizer state, or of other optimizers.
     """
     stored = checkpoint.read_document(TRAINER_FILE)["optimizers"]
-    names = Names(parameters)
+    names, keys = Names(parameters), _keys_by_owner(checkpoint)
     if len(stored) != len(optimizers):
         raise CheckpointError(
             f"{checkpoint.folder} holds the state of {len(stored)} optimizer(s), but {len(optimizers)} are to be loaded: "
@@ -94,7 +98,7 @@ def plan_optimizers(
     for index, optimizer in enumerate(optimizers):
         sources = []
         for piece in state.export(optimizer):
-            found = _Stored(checkpoint, index, piece, names.name_of(piece.param), tp_size)
+            found = _Stored(checkpoint, keys, index, piece, names.name_of(piece.param), tp_size)
             if (room := found.with_room()) is not None:
                 optimizer.import_state([room])
             sources.append(found)
@@ -108,12 +112,21 @@ def plan_optimizers(
 class _Stored:
     """What a checkpoint holds of one piece of an optimizer's state. Raises :class:`CheckpointError`."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, piece: Any, name: str, tp_size: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        keys: Mapping[str, set[str]],
+        index: int,
+        piece: Any,
+        name: str,
+        tp_size: int,
+    ) -> None:
         self._checkpoint, self._piece = checkpoint, piece
         self._places = boxes.flat_placements(name, piece.param, tp_size, piece.start, piece.stop)
         canonical = [p.name for p in boxes.placements(name, piece.param, tp_size)]
         self._owners = [f"optimizer.{index}/{c}" for c in dict.fromkeys(canonical)]
-        sources = {key: f"optimizer.{index}/{{}}/{key}" for key in _stored_keys(checkpoint, self._owners)}
+        held = set().union(*(keys.get(owner, ()) for owner in self._owners))
+        sources = {key: f"optimizer.{index}/{{}}/{key}" for key in sorted(held)}
         if "master" not in piece.tensors:
             sources.pop("master", None)
         else:
@@ -162,10 +175,13 @@ class _Stored:
         return records
 
 
-def _stored_keys(checkpoint: Checkpoint, owners: Sequence[str]) -> list[str]:
-    """State keys of a parameter that the checkpoint holds."""
-    split = (stored.rpartition("/") for stored in checkpoint.manifest.tensors)
-    return sorted({key for owner, _, key in split if owner in owners})
+def _keys_by_owner(checkpoint: Checkpoint) -> dict[str, set[str]]:
+    """State keys that the checkpoint holds, by ``optimizer.<index>/<parameter>``."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for stored in checkpoint.manifest.tensors:
+        owner, _, key = stored.rpartition("/")
+        found[owner].add(key)
+    return found
 
 
 def _check_groups(

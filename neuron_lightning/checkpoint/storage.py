@@ -19,7 +19,6 @@ from neuron_lightning.checkpoint.refusals import with_remedy
 from neuron_lightning.errors import CheckpointError
 
 _LOCAL_SCHEMES = ("file://", "local://")
-_AHEAD = 32 << 20
 _ATTEMPT = re.compile(r"^attempt-[0-9a-f]{16}\.")
 
 
@@ -64,7 +63,11 @@ class FileReader(ABC):
 
 
 class LocalReader(FileReader):
-    """A regular file, read without following links; the disk is kept busy ahead of the reading."""
+    """A regular file, read without following links.
+
+    Files are read front to back, which the kernel sees and reads ahead by itself. Telling it so is slower where its
+    window is large (``posix_fadvise(WILLNEED)`` with 8 MiB of readahead: 0.55 s against 0.35 s for two ranks of 242 MB).
+    """
 
     def __init__(self, path: Path) -> None:
         commit.require_regular(path)
@@ -74,24 +77,16 @@ class LocalReader(FileReader):
             raise CheckpointError(with_remedy(f"{path} cannot be read: {error.strerror}", error)) from error
         self.where = str(path)
         self.size = os.fstat(self._handle).st_size
-        self._asked = 0
 
     def close(self) -> None:
         os.close(self._handle)
 
     def _fill(self, offset: int, data: memoryview) -> None:
-        self._ask_ahead(offset + len(data))
         while data:
             count = os.preadv(self._handle, [data], offset)
             if not count:
                 raise CheckpointError(f"{self.where} became shorter while it was read.")
             offset, data = offset + count, data[count:]
-
-    def _ask_ahead(self, end: int) -> None:
-        if end + _AHEAD // 2 > self._asked:
-            start = max(self._asked, end)
-            os.posix_fadvise(self._handle, start, _AHEAD, os.POSIX_FADV_WILLNEED)
-            self._asked = start + _AHEAD
 
 
 class Folder(ABC):

@@ -117,10 +117,15 @@ def host_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
+def is_host_bytes(tensor: Tensor) -> bool:
+    """Whether :func:`host_bytes` is the tensor's own memory, not a copy."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 def host_pieces(tensor: Tensor) -> Iterator[memoryview]:
     """:func:`host_bytes` piece by piece: what must be copied is, in slabs of about :data:`SLAB` bytes."""
     rows, size = tensor.shape[0] if tensor.dim() else 1, tensor.numel() * tensor.element_size()
-    if size <= SLAB or (tensor.device.type == "cpu" and tensor.is_contiguous()):
+    if size <= SLAB or is_host_bytes(tensor):
         yield host_bytes(tensor)
         return
     step = max(1, SLAB * rows // size)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from neuron_lightning.checkpoint import boxes, manifest, output, points, tensor_file, typed_json
+from neuron_lightning.checkpoint.collector import uncollected
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import FileRecord, Manifest, StoredBox, TensorRecord
 from neuron_lightning.checkpoint.output import HashedFile
@@ -24,8 +25,8 @@ from neuron_lightning.checkpoint.storage import Place
 from neuron_lightning.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]
-Data = Callable[[FilePlan], Iterable[memoryview]]
-"""The bytes of a file's tensors, in order."""
+Data = Callable[[FilePlan], Iterable[tuple[memoryview, bool]]]
+"""The bytes of a file's tensors, in order, each with whether that memory stays as it is until all is written."""
 
 
 @dataclass
@@ -42,7 +43,13 @@ class Written:
 def live_data(share: Share) -> Data:
     """The data as it is in the tensors now; they must not change until it is written."""
     views = {file.name: tensors for file, tensors in zip(share.files, share.views, strict=True)}
-    return lambda file: (piece for tensor in views[file.name] for piece in tensor_file.host_pieces(tensor))
+
+    def data(file: FilePlan) -> Iterator[tuple[memoryview, bool]]:
+        for tensor in views[file.name]:
+            stays = tensor_file.is_host_bytes(tensor)
+            yield from ((piece, stays) for piece in tensor_file.host_pieces(tensor))
+
+    return data
 
 
 def write(
@@ -56,7 +63,7 @@ def write(
 ) -> None:
     """Writes and commits a planned checkpoint. Collective. Raises :class:`CheckpointError` on all ranks.
 
-    ``on_commit`` is called on rank 0 right after the commit.
+    ``on_commit`` is called on rank 0 right after the commit; every rank gives one, or none does.
     """
     what = f"save the checkpoint {place.name}"
     progress("prepare", 0, 0)
@@ -72,8 +79,10 @@ def write(
         if ranks.rank == 0:
             place.discard(attempt)
         raise
+    if on_commit is None:
+        return
     follow = f"carry out what follows the commit of {place.name} (it is committed)"
-    ranks.together(follow, lambda: on_commit() if on_commit is not None and ranks.rank == 0 else None)
+    ranks.together(follow, lambda: on_commit() if ranks.rank == 0 else None)
 
 
 class _Writer:
@@ -97,15 +106,17 @@ class _Writer:
             for plan in share.files:
                 name = self._place.file_name(plan.name, self._attempt)
                 file = self._open(stack, name, share.size)
-                file.write(plan.layout.header)
-                for piece in data(plan):
-                    file.write(piece)
+                file.write(plan.layout.header, stays=True)
+                for piece, stays in data(plan):
+                    file.write(piece, stays=stays)
                 file.flush()
                 opened.append((name, plan.kind, file))
                 written.stored += [(item.name, StoredBox(name, item.key, item.box)) for item in plan.items]
             for document in share.documents:
                 opened += self._document(stack, document)
             points.reach("share_written")
+            for _, _, file in opened:
+                file.start_hash()
             for name, kind, file in opened:
                 written.files[name] = FileRecord(kind, *_swapped(file.finish()))
         self._place.sync(self._attempt)
@@ -149,6 +160,7 @@ def _swapped(finished: tuple[int, str]) -> tuple[int, str, str]:
     return finished[0], output.ALGORITHM, finished[1]
 
 
+@uncollected
 def _commit(
     request: Request, written: Sequence[Written], place: Place, attempt: str, progress: Progress
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from neuron_lightning.checkpoint import AsyncSaver, folder
+from neuron_lightning.checkpoint.plan import Planner
 from neuron_lightning.config import AsyncSave
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.lightning.checkpoint_io import show_transfer
@@ -52,6 +53,7 @@ class Saves:
     def __init__(self, mode: AsyncSave | None) -> None:
         self._mode = mode
         self._saver: AsyncSaver | None = None
+        self._planner = Planner()
         self._commit = Commit()
         self._commit.arrive()
         self._later: list[Callable[[], None]] = []
@@ -81,7 +83,7 @@ class Saves:
             self._saver.save(path, on_commit=commit.arrive, **what)
             return
         with show_transfer("Saving", path) as progress:
-            folder.write_checkpoint(path, progress=progress, **what)
+            folder.write_checkpoint(path, progress=progress, planner=self._planner, **what)
         commit.arrive()
         self._commit = commit
 
@@ -120,6 +122,7 @@ class Saves:
     def close(self) -> None:
         """Gives the memory and the process group of background saving back, unless one never ended."""
         saver, self._saver, self._later = self._saver, None, []
+        self._planner = Planner()
         if saver is None or saver.pending is not None:
             return
         try:

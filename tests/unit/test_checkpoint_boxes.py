@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from neuron_lightning.checkpoint import boxes
+from neuron_lightning.checkpoint import boxes, manifest
 from neuron_lightning.checkpoint.boxes import Box, Holding
 from neuron_lightning.parallel.spec import ShardPart, ShardSpec, set_spec
 
@@ -158,3 +159,29 @@ def test_a_flat_cut_of_a_fused_parameter_loses_nothing_but_padding(cut: int) -> 
     assert torch.equal(rebuilt["q"][2:], param[:2])
     assert torch.equal(rebuilt["q"][:2], torch.full((2, 2), -1.0))
     assert torch.equal(rebuilt["k"], param[2:5])
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
+def test_slabs_are_taken_for_a_cover_only_if_they_are_one(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    edges = sorted(data.draw(st.sets(st.integers(0, shape[axis]))) | {0, shape[axis]})
+    slabs = [
+        Box(
+            tuple(start if d == axis else 0 for d in range(len(shape))),
+            tuple(stop - start if d == axis else n for d, n in enumerate(shape)),
+        )
+        for start, stop in itertools.pairwise(edges)
+    ]
+    slabs = data.draw(st.permutations(slabs))
+    assert manifest._are_slabs(slabs, shape)
+    if change := data.draw(st.sampled_from(["", "drop", "double", "move", "shrink"])):
+        index = data.draw(st.integers(0, len(slabs) - 1))
+        box, d = slabs[index], data.draw(st.integers(0, len(shape) - 1))
+        nudged = tuple(o + (i == d) for i, o in enumerate(box.offset))
+        smaller = tuple(n - (i == d) for i, n in enumerate(box.shape))
+        news = {"drop": [], "double": [box, box], "move": [Box(nudged, box.shape)]}
+        news["shrink"] = [Box(box.offset, smaller)]
+        slabs[index : index + 1] = news[change]
+        assert not manifest._are_slabs(slabs, shape)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from neuron_lightning import checkpoint
 from neuron_lightning.checkpoint import commit, manifest, points
+from neuron_lightning.checkpoint.plan import Planner
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.optim import ParallelOptimizer
 
@@ -80,6 +81,20 @@ def test_module_round_trip_is_exact(tmp_path: Path, kind: str) -> None:
     assert load(tmp_path / "a", other) == ([], [])
     assert same(model, other)
     assert other.head.weight is other.embed.weight
+
+
+def test_a_kept_planner_saves_what_is_there_now(tmp_path: Path) -> None:
+    planner, model, restored = Planner(), Model(1), Model(9)
+    for number in range(3):
+        with torch.no_grad():
+            model.low.add_(1)
+            model.norm.running_mean = torch.full((6,), float(number))  # another tensor
+        save(tmp_path / "a", model, planner=planner)
+        load(tmp_path / "a", restored)
+        assert same(model, restored)
+    other = nn.Linear(3, 4)
+    save(tmp_path / "b", other, planner=planner)
+    assert torch.equal(checkpoint.read_full_state(tmp_path / "b")["weight"], other.weight)
 
 
 def test_tied_weights_are_stored_once(saved: Path) -> None:

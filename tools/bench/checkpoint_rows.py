@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from workload import SEED, Workload
 
 from neuron_lightning import checkpoint
+from neuron_lightning.checkpoint.plan import Planner
 from neuron_lightning.models.llama import LlamaForCausalLM
 from neuron_lightning.optim import ParallelOptimizer
 from neuron_lightning.parallel import parallel_state
@@ -41,6 +42,7 @@ class State:
         torch.stack([p.square().sum() for p in self.model.parameters()]).sum().backward()
         self.optimizer.step()
         self.parameters = dict(self.model.named_parameters())
+        self.planner = Planner()
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors of this rank by name."""
@@ -153,7 +155,7 @@ def save_dcp(state: State, folder: Path) -> None:
 
 def save_ours(state: State, folder: Path) -> None:
     """This package."""
-    checkpoint.write_checkpoint(folder, **state.ours())
+    checkpoint.write_checkpoint(folder, planner=state.planner, **state.ours())
 
 
 SAVES: dict[str, Callable[[State, Path], None]] = {
