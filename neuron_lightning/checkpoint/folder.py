@@ -171,16 +171,15 @@ def load_module_state(
         CheckpointError: damaged, or of another model: the first differing names and shapes are listed.
     """
     ranks = Ranks()
-    checkpoint = _open(path, ranks)
     tp_size = current_mesh().sizes["tp"]
     plans: list[restore.ModulePlan] = []
 
-    def plan() -> list[Want]:
+    def plan(checkpoint: Checkpoint) -> list[Want]:
         plans.append(restore.plan_module(checkpoint, targets, parameters, tp_size, strict))
         return plans[0].wants
 
     kinds = ("model",) if verify else ()
-    reader.load(checkpoint, plan, kinds, f"load the weights of {path}", ranks, progress or _silent)
+    reader.load(path, plan, kinds, f"load the weights of {path}", ranks, progress or _silent)
     return plans[0].missing, plans[0].unexpected
 
 
@@ -200,14 +199,13 @@ def load_optimizer_state(
         CheckpointError: damaged, without optimizer state, or of other optimizers.
     """
     ranks = Ranks()
-    checkpoint = _open(path, ranks)
     tp_size = current_mesh().sizes["tp"]
 
-    def plan() -> list[Want]:
+    def plan(checkpoint: Checkpoint) -> list[Want]:
         return restore.plan_optimizers(checkpoint, optimizers, parameters, tp_size)
 
     kinds = ("optimizer", "trainer") if verify else ()
-    reader.load(checkpoint, plan, kinds, f"load the optimizer state of {path}", ranks, progress or _silent)
+    reader.load(path, plan, kinds, f"load the optimizer state of {path}", ranks, progress or _silent)
 
 
 def load_average_state(
@@ -233,14 +231,13 @@ def load_average_state(
         CheckpointError: damaged, without such a set, or of another model.
     """
     ranks = Ranks()
-    checkpoint = _open(path, ranks)
     tp_size, prefix = current_mesh().sizes["tp"], state.average_prefix(key)
 
-    def plan() -> list[Want]:
+    def plan(checkpoint: Checkpoint) -> list[Want]:
         return restore.plan_module(checkpoint, targets, parameters, tp_size, True, prefix).wants
 
     kinds, what = ("optimizer",) if verify else (), f"load the averaged weights {key} of {path}"
-    reader.load(checkpoint, plan, kinds, what, ranks, progress or _silent)
+    reader.load(path, plan, kinds, what, ranks, progress or _silent)
 
 
 def check_trainer_state(values: Mapping[str, Any]) -> None:
@@ -257,21 +254,23 @@ def read_full_state(path: str | Path, *, verify: bool = True) -> dict[str, Tenso
 
     Tied names share one tensor. For exports and for tools: it needs the memory of the whole model.
     """
-    checkpoint = Checkpoint(path)
-    names = [name for name in checkpoint.manifest.tensors if name.startswith("model/")]
     full: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
 
-    def plan() -> list[Want]:
+    def plan(checkpoint: Checkpoint) -> list[Want]:
         wants = []
-        for name in names:
+        aliases.update(checkpoint.manifest.aliases)
+        for name in checkpoint.manifest.tensors:
+            if not name.startswith("model/"):
+                continue
             record = checkpoint.manifest.tensors[name]
             full[name] = torch.empty(record.shape, dtype=record.dtype)
             wants += checkpoint.wants(record, boxes.whole(record.shape), full[name])
         return wants
 
     kinds = ("model",) if verify else ()
-    reader.load(checkpoint, plan, kinds, f"read {path}", Ranks.alone(), _silent)
-    full.update({alias: full[name] for alias, name in checkpoint.manifest.aliases.items()})
+    reader.load(path, plan, kinds, f"read {path}", Ranks.alone(), _silent)
+    full.update({alias: full[name] for alias, name in aliases.items()})
     return {name.removeprefix("model/"): tensor for name, tensor in full.items()}
 
 
@@ -282,7 +281,7 @@ def verify_checkpoint(path: str | Path, progress: Progress | None = None, ranks:
         CheckpointError: on all ranks, naming the first file that is damaged, missing, a link or not listed.
     """
     ranks = ranks or Ranks()
-    reader.verify(_open(path, ranks), KINDS, ranks, progress or _silent)
+    reader.verify(path, KINDS, ranks, progress or _silent)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -293,13 +292,6 @@ def is_checkpoint(path: str | Path) -> bool:
 def remove_checkpoint(path: str | Path) -> None:
     """Deletes a checkpoint, un-committing it first by a rename; one rank calls it. No error if there is none."""
     storage.place(path).remove()
-
-
-def _open(path: str | Path, ranks: Ranks) -> Checkpoint:
-    """Opens a checkpoint on every rank, or on none. Collective."""
-    opened: list[Checkpoint] = []
-    ranks.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(path)))
-    return opened[0]
 
 
 def _silent(stage: str, done: int, total: int) -> None:

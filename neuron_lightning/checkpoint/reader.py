@@ -67,6 +67,9 @@ class Checkpoint:
 
     def wants(self, record: TensorRecord, box: Box, into: Tensor) -> list[Want]:
         """How to put the elements of ``box`` together in ``into``, a tensor of the same shape."""
+        for stored in record.boxes:
+            if stored.box == box:  # nothing was resharded
+                return [Want(stored, record.dtype, boxes.whole(box.shape), into)] if box.numel else []
         plan, _ = boxes.cover(box, (stored.box for stored in record.boxes))
         found = []
         for index, common in plan:
@@ -121,8 +124,8 @@ class Checkpoint:
 
 
 def load(
-    checkpoint: Checkpoint,
-    plan: Callable[[], Sequence[Want]],
+    path: str | Path,
+    plan: Callable[[Checkpoint], Sequence[Want]],
     kinds: Iterable[str],
     what: str,
     ranks: Ranks,
@@ -131,8 +134,8 @@ def load(
     """Copies what every rank wants; each file of some kinds is checked by the rank that reads most of it. Collective.
 
     Args:
-        checkpoint: opened on every rank.
-        plan: what this rank wants; called once; may fail on one rank only.
+        path: of the checkpoint.
+        plan: what this rank wants of it; called once; may fail on one rank only.
         kinds: of files whose hashes are checked, whoever wants them; none to trust them.
         what: what is being done, for messages.
         ranks: who loads together.
@@ -141,32 +144,39 @@ def load(
     Raises:
         CheckpointError: on all ranks; if a file is damaged, local tensors may be half changed.
     """
-    kept: list[Sequence[Want]] = []
-    files, checked = checkpoint.manifest.files, checkpoint.files(tuple(kinds))
+    kept: list[tuple[Checkpoint, Sequence[Want]]] = []
+    kinds = tuple(kinds)
 
     def ask() -> dict[str, int]:
-        if ranks.rank == 0 and checked:
+        checkpoint = Checkpoint(path)
+        if ranks.rank == 0 and checkpoint.files(kinds):
             checkpoint.check_listing()
-        kept.append(plan())
+        wants = plan(checkpoint)
+        kept.append((checkpoint, wants))
         sizes: dict[str, int] = {}
-        for want in kept[0]:
+        for want in wants:
             sizes[want.stored.file] = sizes.get(want.stored.file, 0) + want.size
         return sizes
 
     wanted = ranks.together(what, ask)
+    checkpoint, wants = kept[0]
+    files, checked = checkpoint.manifest.files, checkpoint.files(kinds)
     mine = _share_out(checked, {name: files[name].size for name in checked}, wanted)[ranks.rank]
     total = sum(files[name].size for name in mine)
     total += sum(size for name, size in wanted[ranks.rank].items() if name not in mine)
     with _counted("read", total, progress) as count, torch.no_grad():
-        ranks.together(what, lambda: transfer.read(checkpoint.folder, files, kept[0], mine, count, {}))
+        ranks.together(what, lambda: transfer.read(checkpoint.folder, files, wants, mine, count, {}))
 
 
-def verify(checkpoint: Checkpoint, kinds: Iterable[str], ranks: Ranks, progress: Progress) -> None:
+def verify(path: str | Path, kinds: Iterable[str], ranks: Ranks, progress: Progress) -> None:
     """Checks the folder's listing and the hashes of the files of some kinds, each file by one rank. Collective.
 
     Raises:
         CheckpointError: on all ranks, naming the first damaged file.
     """
+    opened: list[Checkpoint] = []
+    ranks.together(f"open the checkpoint {path}", lambda: opened.append(Checkpoint(path)))
+    checkpoint = opened[0]
     files, names = checkpoint.manifest.files, checkpoint.files(tuple(kinds))
     sizes = {name: files[name].size for name in names}
     mine = _share_out(names, sizes, [{} for _ in range(ranks.size)])[ranks.rank]

@@ -202,7 +202,7 @@ class _File:
             self._reader.read_into(offset, tensor_file.host_bytes(raw))
             data = raw.view(dtype).view(piece.shape)
             for want, common in parts:
-                boxes.view(want.into, common.within(want.box)).copy_(boxes.view(data, common.within(piece)))
+                _part(want.into, common.within(want.box)).copy_(_part(data, common.within(piece)))
             self._seen(tensor_file.host_bytes(raw), buffer)
         self._on_bytes(size)
 
@@ -266,12 +266,17 @@ def _first(piece: Box, shape: Sequence[int]) -> int:
     return sum(o * s for o, s in zip(piece.offset, reversed(list(strides)), strict=True))
 
 
+def _part(tensor: Tensor, box: Box) -> Tensor:
+    """:func:`boxes.view`, without the making of a view where the box is the whole tensor."""
+    return tensor if box.shape == tensor.shape else boxes.view(tensor, box)
+
+
 def _direct(piece: Box, dtype: torch.dtype, parts: Sequence[tuple[Want, Box]]) -> memoryview | None:
     """The memory of the one local tensor that takes the whole piece as it is; None if there is no such tensor."""
     if len(parts) != 1 or parts[0][1] != piece or not piece.numel:
         return None
     want = parts[0][0]
-    target = boxes.view(want.into, piece.within(want.box))
+    target = _part(want.into, piece.within(want.box))
     if target.device.type != "cpu" or target.dtype != dtype or not target.is_contiguous():
         return None
     return tensor_file.host_bytes(target)
