@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import warnings
 from pathlib import Path
 
 from neuron_lightning.checkpoint import points
@@ -122,7 +123,14 @@ def publish(target: Path) -> None:
     sync_folder(target.parent)
     points.reach("parent_synced")
     if leftover is not None:
-        _delete(leftover)
+        try:
+            _delete(leftover)
+        except OSError as error:  # the new one is committed: that is no failure of the save
+            warnings.warn(
+                f"{target} is saved, but the one that it replaced cannot be deleted from {leftover} ({error}); the next "
+                "save of that name tries again.",
+                stacklevel=2,
+            )
         points.reach("old_removed")
 
 

@@ -615,3 +615,28 @@ def test_a_plain_optimizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(CheckpointError, match="AdamW cannot be saved by itself"):
         save(tmp_path / "a", model, [torch.optim.AdamW(model.parameters())])
+
+
+def test_a_replaced_checkpoint_that_cannot_be_deleted_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a", Model(1))
+    delete = shutil.rmtree
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    points.on("parent_synced", lambda: monkeypatch.setattr(shutil, "rmtree", refuse))
+    try:
+        with pytest.warns(
+            UserWarning, match=r"is saved, but the one that it replaced cannot be deleted from .*a\.tmp"
+        ):
+            save(tmp_path / "a", Model(2))
+    finally:
+        points.clear()
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    restored = Model(3)
+    load(tmp_path / "a", restored)
+    assert same(restored, Model(2))
+    save(tmp_path / "a", Model(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
