@@ -41,6 +41,7 @@ class Case:
     kv_heads: int = 2
     head_dim: int = 4
     layers: int = 2
+    blocked: bool = False
 
     @property
     def repeats(self) -> int:
@@ -79,11 +80,20 @@ def torch_xla_stub() -> Iterator[None]:
 
 
 def query_order(case: Case) -> list[int]:
-    """Blocks of query heads in the order of the ranks, by the converter's rule for trn1."""
+    """Blocks of query heads in the order of the ranks, by the converter's rules for trn1 and (blocked) trn2."""
+    if case.blocked:
+        return list(range(case.tp))
     first_of_head = torch.arange(case.kv_heads) * case.tp // case.kv_heads
     if case.tp <= case.kv_heads:
         return list(range(case.tp))
     return torch.cat([first_of_head + i for i in range(case.tp // case.kv_heads)]).tolist()
+
+
+def repeated(case: Case, t: Tensor) -> Tensor:
+    """Key-value heads as often as they are held: one after the other all together, or (blocked) each by itself."""
+    if not case.blocked:
+        return torch.cat([t] * case.repeats)
+    return t.unflatten(0, (case.kv_heads, case.head_dim)).repeat_interleave(case.repeats, 0).flatten(0, 1)
 
 
 def cut(case: Case, full: Full, rank: int) -> Full:
@@ -91,7 +101,7 @@ def cut(case: Case, full: Full, rank: int) -> Full:
     rows = lambda t: t.chunk(case.tp, 0)[rank]
     columns = lambda t: t.chunk(case.tp, 1)[rank]
     queries = lambda t: t.chunk(case.tp, 0)[query_order(case)[rank]]
-    keys = lambda t: torch.cat([t] * case.repeats).chunk(case.tp, 0)[rank]
+    keys = lambda t: repeated(case, t).chunk(case.tp, 0)[rank]
     local: Full = {"model.embed_tokens.weight": rows(full["model.embed_tokens.weight"])}
     for i in range(case.layers):
         layer = f"model.layers.{i}"
@@ -118,7 +128,7 @@ def join(case: Case, ranks: list[Full]) -> Full:
     full: Full = {}
     place = {block: rank for rank, block in enumerate(query_order(case))}
     ordered = [ranks[place[block]] for block in range(case.tp)]
-    distinct = ranks[: case.tp // case.repeats]
+    distinct = ranks[:: case.repeats] if case.blocked else ranks[: case.tp // case.repeats]
     q_rows, kv_rows = (
         case.q_heads * case.head_dim // case.tp,
         case.kv_heads * case.repeats * case.head_dim // case.tp,

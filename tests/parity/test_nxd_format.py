@@ -41,11 +41,14 @@ CASES = [
     Case(tp=4, dp=3, zero1=True, masters=True),
     Case(tp=8, kv_heads=1),
     Case(tp=2, kv_heads=8, fused_qkv=False, core=True),
+    Case(tp=8, dp=2, zero1=True, masters=True, blocked=True),
+    Case(tp=4, fused_qkv=False, core=True, xser=False, blocked=True),
+    Case(tp=2, blocked=True),
 ]
 
 
 def name_of(case: Case) -> str:
-    flags = [f for f in ("zero1", "xser", "core", "fused_qkv", "masters") if getattr(case, f)]
+    flags = [f for f in ("zero1", "xser", "core", "fused_qkv", "masters", "blocked") if getattr(case, f)]
     return f"tp{case.tp}-dp{case.dp}-kv{case.kv_heads}-{'-'.join(flags)}"
 
 
@@ -101,6 +104,10 @@ def convert(source: Path, target: Path, *options: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
+def kv_order(case: Case) -> list[str]:
+    return ["--kv-order", "blocked"] if case.blocked else []
+
+
 def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return sorted(a.keys() ^ b.keys()) or [name for name in a if not torch.equal(a[name], b[name])]
 
@@ -108,7 +115,7 @@ def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_written_by_the_published_format_and_read_here(tmp_path: Path, case: Case) -> None:
     nxd.write(case, tmp_path / "nxd", full_state(case, 0), states_of(case), STEP)
-    convert(tmp_path / "nxd", tmp_path / "ours", "--to", "neuron")
+    convert(tmp_path / "nxd", tmp_path / "ours", "--to", "neuron", *kv_order(case))
     assert different(read_ours(tmp_path / "ours"), expected(case)) == []
     contents = neuron.read(tmp_path / "ours")
     assert contents.trainer["global_step"] == STEP
@@ -129,7 +136,7 @@ def test_written_here_and_read_by_the_published_format(tmp_path: Path, case: Cas
     options += (
         ["--dp", case.dp, "--zero1"] * case.zero1 + ["--core"] * case.core + ["--no-xser"] * (not case.xser)
     )
-    convert(tmp_path / "ours", tmp_path / "nxd", "--to", "nxd", *options)
+    convert(tmp_path / "ours", tmp_path / "nxd", "--to", "nxd", *options, *kv_order(case))
     model, states, step = nxd.read(case, tmp_path / "nxd")
     assert different(model, full_state(case, 0)) == []
     assert step == STEP
