@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from neuron_lightning.checkpoint import boxes, reader, restore, state, storage, typed_json, writer
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import KINDS
-from neuron_lightning.checkpoint.plan import TRAINER_FILE, Planner, Request, file_name
+from neuron_lightning.checkpoint.plan import Planner, Request, file_name
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.transfer import Want
 from neuron_lightning.parallel.mesh import current as current_mesh
@@ -134,8 +134,7 @@ def read_trainer_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, or damaged (the file is named).
     """
-    trainer: dict[str, Any] = Checkpoint(path).read_document(TRAINER_FILE)["trainer"]
-    return trainer
+    return dict(Checkpoint(path).read_trainer()["trainer"])
 
 
 def read_rank_state(path: str | Path, rank: int) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from neuron_lightning.checkpoint import boxes, commit, manifest, storage, transf
 from neuron_lightning.checkpoint.boxes import Box
 from neuron_lightning.checkpoint.exchange import Ranks
 from neuron_lightning.checkpoint.manifest import TensorRecord
+from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.tensor_file import Layout
 from neuron_lightning.checkpoint.transfer import Want
 from neuron_lightning.errors import CheckpointError
@@ -121,6 +122,41 @@ class Checkpoint:
             return typed_json.decode(json.loads(raw), self.read_tensor)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where} is not the JSON that this package writes: {error}") from error
+
+    def read_trainer(self) -> dict[str, Any]:
+        """What rank 0 has written: ``trainer``, a mapping, and ``optimizers``, a list with the list of groups of each.
+
+        A group is a mapping of ``params``, canonical names, and ``options``, the hyper-parameters by name.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, or it has another structure.
+        """
+        document = self.read_document(TRAINER_FILE)
+        if not _is_trainer_document(document):
+            raise CheckpointError(
+                f"{self.folder.where(TRAINER_FILE)} does not hold the state of a trainer and its optimizers: it is damaged; "
+                "use another checkpoint."
+            )
+        return dict(document)
+
+
+def _is_trainer_document(document: Any) -> bool:
+    return (
+        isinstance(document, dict)
+        and isinstance(document.get("trainer"), dict)
+        and isinstance(document.get("optimizers"), list)
+        and all(isinstance(groups, list) and all(map(_is_group, groups)) for groups in document["optimizers"])
+    )
+
+
+def _is_group(group: Any) -> bool:
+    return (
+        isinstance(group, dict)
+        and isinstance(params := group.get("params"), list)
+        and all(isinstance(name, str) for name in params)
+        and isinstance(options := group.get("options"), dict)
+        and "params" not in options
+    )
 
 
 def load(

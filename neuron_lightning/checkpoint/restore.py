@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from neuron_lightning.checkpoint import boxes, state
 from neuron_lightning.checkpoint.collector import uncollected
 from neuron_lightning.checkpoint.manifest import TensorRecord
-from neuron_lightning.checkpoint.plan import TRAINER_FILE
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.state import Names
 from neuron_lightning.checkpoint.transfer import Want
@@ -85,7 +85,7 @@ def plan_optimizers(
     Raises:
         CheckpointError: no optimizer state, or of other optimizers.
     """
-    stored = checkpoint.read_document(TRAINER_FILE)["optimizers"]
+    stored = checkpoint.read_trainer()["optimizers"]
     names, keys = Names(parameters), _keys_by_owner(checkpoint)
     if len(stored) != len(optimizers):
         raise CheckpointError(
@@ -105,7 +105,7 @@ def plan_optimizers(
         for piece, found in zip(state.export(optimizer), sources, strict=True):
             wants += found.wants(piece)
         for group, saved in zip(optimizer.param_groups, stored[index], strict=True):
-            group.update(saved["options"])
+            group.update({k: v for k, v in saved["options"].items() if k not in state.GROUP_CHOICES})
     return wants
 
 
@@ -202,6 +202,29 @@ def _check_groups(
                 f"parameter group {number} of optimizer {index} differs from the checkpoint {checkpoint.folder}: "
                 f"{different[0]} is in it only in {where} ({len(different)} such names)."
             )
+        for key, value in old["options"].items():
+            if not _may_become(new["options"].get(key), value):
+                raise CheckpointError(
+                    f"parameter group {number} of optimizer {index} has {key}={str(value)[:100]!r} in the checkpoint "
+                    f"{checkpoint.folder}, and {new['options'][key]!r} now, of another type: it is damaged, or of "
+                    "another optimizer."
+                )
+
+
+def _may_become(present: Any, stored: Any) -> bool:
+    """Whether a hyper-parameter can take a stored value: one of its own kind, or of any if either is None."""
+    if present is None or stored is None:
+        return True
+    if isinstance(present, (list, tuple)):
+        return (
+            isinstance(stored, (list, tuple))
+            and len(stored) == len(present)
+            and all(itertools.starmap(_may_become, zip(present, stored, strict=True)))
+        )
+    if isinstance(present, (int, float, Tensor)) and not isinstance(present, bool):
+        is_number = isinstance(stored, (int, float)) and not isinstance(stored, bool)
+        return is_number or (isinstance(stored, Tensor) and stored.numel() == 1)
+    return isinstance(stored, type(present))
 
 
 def _mismatch(checkpoint: Checkpoint, wrong: list[str], plan: ModulePlan) -> CheckpointError:

@@ -22,6 +22,7 @@ from neuron_lightning.checkpoint import commit, manifest, points
 from neuron_lightning.checkpoint.plan import Planner
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.optim import ParallelOptimizer
+from tests.faults import mutations
 
 
 class Model(nn.Module):
@@ -640,3 +641,47 @@ def test_a_replaced_checkpoint_that_cannot_be_deleted_is_no_failure(
     assert same(restored, Model(2))
     save(tmp_path / "a", Model(4))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def _drop_trainer(document: dict[str, Any]) -> None:
+    del document["trainer"]
+
+
+def _set_option(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        document["optimizers"][0][0]["options"][key] = value
+
+    return change
+
+
+def _name_no_list(document: dict[str, Any]) -> None:
+    document["optimizers"][0][0]["params"] = "embed.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_drop_trainer, "does not hold the state of a trainer"),
+        (_name_no_list, "does not hold the state of a trainer"),
+        (_set_option("params", ["x"]), "does not hold the state of a trainer"),
+        (_set_option("lr", "fast"), "lr='fast' in the checkpoint .*, and 0.1 now, of another type"),
+        (_set_option("maximize", 3), "maximize='3' in the checkpoint"),
+    ],
+)
+def test_trainer_state_of_another_structure_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    model = Model()
+    model.high, model.low = None, None
+    optimizer = ParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), zero1=False)
+    save(tmp_path / "a", model, [optimizer])
+    document = json.loads((tmp_path / "a" / "trainer.json").read_text(encoding="utf-8"))
+    change(document)
+    mutations.replace_file(tmp_path / "a", "trainer.json", json.dumps(document).encode())
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.load_optimizer_state(tmp_path / "a", [optimizer], dict(model.named_parameters()))
+    assert [dict(group) for group in optimizer.param_groups] == before
+    if "does not hold" in said:
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.read_trainer_state(tmp_path / "a")

@@ -80,7 +80,7 @@ class _Described(Checkpoint):
     def wants(self, record: TensorRecord, box: Box, into: Tensor) -> list[Want]:
         return [Want(record.boxes[0], record.dtype, box, into)] if box.numel else []
 
-    def read_document(self, base: str) -> Any:
+    def read_trainer(self) -> dict[str, Any]:
         return {"optimizers": self._contents.groups}
 
     def fill(self, wants: Sequence[Want], progress: Progress) -> None:

@@ -41,7 +41,7 @@ def read(path: Path, *, verify: bool = True, progress: Progress = silent) -> Con
     checkpoint.check_listing()
     if verify:
         check_hashes(checkpoint, progress)
-    document = checkpoint.read_document(TRAINER_FILE)
+    document = checkpoint.read_trainer()
     tensors = {
         name: Entry(record.dtype, record.shape, _reader(checkpoint, record))
         for name, record in checkpoint.manifest.tensors.items()
