@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from neuron_lightning import NeuronXLAPrecisionPlugin, NeuronXLAStrategy, parallel_state
 from neuron_lightning.backends.native import NativeBackend
@@ -104,6 +106,35 @@ def test_ranks_skip_the_same_overflowing_step(pool2):
         assert torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[1], weights[2])
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+
+
+def rank_scaler_resume(path):
+    def train(epochs, resume=None):
+        plugin = NeuronXLAPrecisionPlugin(
+            precision="16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        )
+        module = cases.new(Overflow).double()
+        trainer = Trainer(
+            strategy=NeuronXLAStrategy(zero1=True), plugins=[plugin], max_epochs=epochs, **{**cases.QUIET, "logger": False}
+        )
+        try:
+            trainer.fit(module, DataLoader(cases.dataset(), batch_size=cases.SAMPLES // 2), ckpt_path=resume)
+            if resume is None and epochs == 3:
+                trainer.save_checkpoint(path)
+            return cases.trained(module), plugin.state_dict()
+        finally:
+            parallel_state.destroy_model_parallel()
+
+    _, early = train(3)
+    return early, train(6), train(6, path)
+
+
+def test_the_scaler_goes_on_where_it_was(pool2, tmp_path):
+    for early, (weights, scaler), (resumed_weights, resumed) in pool2.run(rank_scaler_resume, tmp_path / "a"):
+        assert early["scale"] == 32.0, "the second of three steps has overflowed"
+        assert scaler["scale"] != early["scale"]
+        assert resumed == scaler
+        assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items())
 
 
 class Bare(cases.ManualMlp):
