@@ -204,8 +204,11 @@ def _check_groups(
             )
         for key, value in old["options"].items():
             if not _may_become(new["options"].get(key), value):
+                shown = (
+                    repr(value)[:100] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+                )
                 raise CheckpointError(
-                    f"parameter group {number} of optimizer {index} has {key}={str(value)[:100]!r} in the checkpoint "
+                    f"parameter group {number} of optimizer {index} has {key}={shown} in the checkpoint "
                     f"{checkpoint.folder}, and {new['options'][key]!r} now, of another type: it is damaged, or of "
                     "another optimizer."
                 )

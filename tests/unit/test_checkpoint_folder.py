@@ -665,7 +665,7 @@ def _name_no_list(document: dict[str, Any]) -> None:
         (_name_no_list, "does not hold the state of a trainer"),
         (_set_option("params", ["x"]), "does not hold the state of a trainer"),
         (_set_option("lr", "fast"), "lr='fast' in the checkpoint .*, and 0.1 now, of another type"),
-        (_set_option("maximize", 3), "maximize='3' in the checkpoint"),
+        (_set_option("maximize", 3), "maximize=3 in the checkpoint"),
     ],
 )
 def test_trainer_state_of_another_structure_is_refused(
