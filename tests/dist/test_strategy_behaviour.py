@@ -195,6 +195,25 @@ def test_two_strategies_at_once(pool2):
     assert pool2.run(rank_two_strategies) == [2, 2]
 
 
+def test_one_rank_sees_the_samples_in_the_order_of_lightnings_ddp(pool1):
+    ours, theirs = pool1.run(rank_order)[0]
+    assert ours == theirs
+    assert sorted(ours) == list(range(cases.SAMPLES))
+    assert ours != sorted(ours), "the training data is shuffled, although the loader does not ask for it"
+
+
+def rank_order():
+    seen = []
+    for strategy in (NeuronXLAStrategy(), "ddp_find_unused_parameters_true"):
+        module = cases.new(cases.Mlp)
+        try:
+            cases.fit(module, strategy, epochs=1, devices=1, num_nodes=1)
+        finally:
+            parallel_state.destroy_model_parallel()
+        seen.append(module.seen)
+    return seen
+
+
 class Tokens(cases.Mlp):
     """Has a vocabulary."""
 
