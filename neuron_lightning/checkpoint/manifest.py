@@ -182,7 +182,7 @@ def parse(raw: bytes, where: str) -> Manifest:
 
 def _unseal(raw: bytes, where: str) -> dict[str, Any]:
     """The body of a manifest that matches its own digest."""
-    document = json.loads(raw)
+    document = json.loads(raw.decode())
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not a manifest of this package (format {FORMAT!r}).")
     if document.get("version") != VERSION:

@@ -119,7 +119,7 @@ class Checkpoint:
         if beside in self.manifest.files:
             self.check_hash(beside)
         try:
-            return typed_json.decode(json.loads(raw), self.read_tensor)
+            return typed_json.decode(json.loads(raw.decode()), self.read_tensor)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where} is not the JSON that this package writes: {error}") from error
 

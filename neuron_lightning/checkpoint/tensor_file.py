@@ -144,7 +144,7 @@ def read_layout(reader: FileReader) -> Layout:
         if length > min(_MAX_HEADER, reader.size - 8):
             raise ValueError(f"a header of {length} bytes")
         header = reader.read(0, 8 + length)
-        entries = _entries(json.loads(header[8:]))
+        entries = _entries(json.loads(header[8:].decode()))
         end = 0
         for entry in entries:
             if entry.offset != end:

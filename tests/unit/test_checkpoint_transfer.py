@@ -176,3 +176,15 @@ def test_files_that_are_too_short_are_refused(tmp_path: Path, raw: bytes) -> Non
         pytest.raises(CheckpointError, match="not a safetensors"),
     ):
         tensor_file.read_layout(reader)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32-le", "utf-8-sig"])
+def test_a_header_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    store(tmp_path, {"a": torch.zeros(2)})
+    text = (tmp_path / NAME).read_bytes()[8:-8].decode().encode(encoding)
+    (tmp_path / NAME).write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with (
+        pytest.raises(CheckpointError, match="is not a safetensors file"),
+        LocalFolder(tmp_path).open(NAME) as reader,
+    ):
+        tensor_file.read_layout(reader)
