@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ TYPE = "$type"
 MAX_DEPTH = 100
 MAX_ARRAY_BYTES = 1 << 20
 _ARRAY_KINDS = "biuf"
+_NUMPY_DTYPE = re.compile(rf"[<|][{_ARRAY_KINDS}]\d{{1,2}}", re.ASCII)
+_DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _DECODE_ERRORS = (
     KeyError,
     ValueError,
@@ -244,19 +247,18 @@ def _decode(data: Any, lookup: Callable[[str], Tensor]) -> Any:
 
 
 def _decode_numpy(data: Mapping[str, Any]) -> Any:
+    if not _NUMPY_DTYPE.fullmatch(str(data["dtype"])):  # others make numpy parse and even compile them
+        raise ValueError(f"numpy dtype {str(data['dtype'])[:100]!r} is not that of a number")
     dtype = np.dtype(str(data["dtype"]))
-    if dtype.kind not in _ARRAY_KINDS:
-        raise ValueError(f"numpy dtype {dtype} is not a number")
     array = np.frombuffer(base64.b64decode(data["value"], validate=True), dtype=dtype).copy()
     array = array.reshape([int(n) for n in data["shape"]])
     return array if data[TYPE] == "ndarray" else array[()]
 
 
 def _decode_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype")
-    return dtype
+    if name not in _DTYPES:  # getattr(torch, name) could import anything
+        raise ValueError(f"{str(name)[:100]!r} is not a dtype")
+    return _DTYPES[name]
 
 
 def _decode_float(text: str) -> float:

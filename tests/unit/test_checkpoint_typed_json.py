@@ -73,7 +73,7 @@ def test_nan_and_negative_zero() -> None:
     assert math.copysign(1, round_trip(-0.0)) == -1
 
 
-@pytest.mark.parametrize("dtype", ["<f8", ">i4", "bool", "uint16"])
+@pytest.mark.parametrize("dtype", ["<f8", ">i4", "bool", "uint16", "int8", "float16"])
 def test_numpy_arrays(dtype: str) -> None:
     array = np.arange(6).reshape(2, 3).astype(dtype)
     back = round_trip({"a": array})["a"]
@@ -133,7 +133,11 @@ def test_large_arrays_are_refused() -> None:
     [
         {"$type": "exec", "value": "1"},
         {"$type": "dtype", "value": "load"},
+        {"$type": "dtype", "value": "onnx"},
+        {"$type": "dtype", "value": ["float32"]},
         {"$type": "float", "value": "1e5"},
+        {"$type": "ndarray", "value": "AAAA", "dtype": "3f", "shape": [1]},
+        {"$type": "ndarray", "value": "AAAA", "dtype": "f4,i4", "shape": [1]},
         {"$type": "ndarray", "value": "AAAA", "dtype": "O", "shape": [1]},
         {"$type": "ndarray", "value": "AAAA", "dtype": "<f4", "shape": [99]},
         {"$type": "tuple"},
