@@ -58,6 +58,15 @@ class Saves:
         self._commit.arrive()
         self._later: list[Callable[[], None]] = []
 
+    def open(self) -> None:
+        """Makes the process group of background saving. All ranks together, before training.
+
+        A rank that is lost while a group is being made leaves its peers waiting for its address, deaf to signals;
+        so it is made where all the other groups are, and not by the first save.
+        """
+        if self._mode is not None and self._saver is None:
+            self._saver = AsyncSaver(memory_budget=self._mode.memory_budget)
+
     @property
     def failed(self) -> bool:
         """Whether a save in the background has failed on this rank that nobody has heard of yet."""
@@ -77,8 +86,8 @@ class Saves:
         self.wait()
         commit = Commit()
         if self._mode is not None and background:
-            if self._saver is None:
-                self._saver = AsyncSaver(memory_budget=self._mode.memory_budget)
+            self.open()
+            assert self._saver is not None
             self._commit = commit
             self._saver.save(path, on_commit=commit.arrive, **what)
             return

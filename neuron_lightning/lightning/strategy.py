@@ -235,6 +235,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         self._vocab_size = vocab_size_of(module)
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
+            self._saves.open()
             average_prepared_module(trainer, module)
             self.setup_optimizers(trainer)
             self._placed, self._positions, self._position, self._saved_batch = [], (), {}, None

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from neuron_lightning import AsyncSave, NeuronModelCheckpoint, NeuronXLAStrategy, checkpoint, parallel_state
@@ -53,6 +54,32 @@ def rank_saves_beside(folder, kind, budget, options):
 @pytest.mark.parametrize("budget", [None, 1e-9])
 def test_the_same_checkpoints_as_without(pool2, tmp_path, kind, budget):
     assert pool2.run(rank_saves_beside, str(tmp_path), kind, budget, {"max_steps": 10}) == [[], []]
+
+
+class NoNewGroups(Callback):
+    """Refuses process groups that are made while training: with a lost peer their making waits for ever."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.new_group, dist.new_group = dist.new_group, self.refuse
+
+    def on_train_end(self, trainer, pl_module):
+        dist.new_group = self.new_group
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("a process group is made during training")
+
+
+def rank_no_new_groups(folder):
+    saving = NeuronModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    try:
+        run(Scored, ASYNC, saving, max_steps=6, callbacks=[NoNewGroups()])
+        return steps_in(folder)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_the_first_save_makes_no_process_group(pool2, tmp_path):
+    assert pool2.run(rank_no_new_groups, str(tmp_path)) == [[2, 4, 6], [2, 4, 6]]
 
 
 class Watch(Callback):
