@@ -305,3 +305,24 @@ def rank_misses_metric(folder):
 
 def test_a_metric_that_nobody_logs_is_an_error_after_one_epoch(pool2, tmp_path):
     assert len(set(pool2.run(rank_misses_metric, str(tmp_path)))) == 1
+
+
+def rank_resumed_at_the_end(folder):
+    """A crash right after the last commit leaves a checkpoint that should be gone; the resumed run trains no step."""
+    saving = {"every_n_train_steps": 1, "save_top_k": 2, "filename": "{step}"}
+    try:
+        trainer, _, _ = run(Scored, {"zero1": True}, NeuronModelCheckpoint(folder, **saving), max_steps=3)
+        if trainer.is_global_zero:
+            shutil.copytree(f"{folder}/step=2.ckpt", f"{folder}/step=1.ckpt")
+        trainer.strategy.barrier()
+        again = NeuronModelCheckpoint(folder, **saving)
+        trainer, _, _ = run(Scored, {"zero1": True}, again, ckpt_path=f"{folder}/step=3.ckpt", max_steps=3)
+        trainer.strategy.barrier()
+        return trainer.global_step, sorted(name for name in os.listdir(folder) if name[0] != ".")
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_deletions_are_finished_by_a_run_with_nothing_left_to_train(pool2, tmp_path):
+    expected = (3, ["step=2.ckpt", "step=3.ckpt"])
+    assert pool2.run(rank_resumed_at_the_end, str(tmp_path)) == [expected, expected]

@@ -108,7 +108,8 @@ def run_and_strike(
     """Starts an attempt and has one rank killed; the others must end.
 
     Args:
-        patient: nobody tells the survivors to stop; else they get a SIGTERM, as torchrun's agent sends it.
+        patient: once all ranks train, nobody tells the survivors to stop; else they get a SIGTERM, as torchrun's agent
+            sends it. (Ranks that are still finding each other wait as long as the process group's timeout says.)
     """
     folder.mkdir(parents=True, exist_ok=True)
     more = strike if isinstance(strike, Suicide) else None
@@ -118,7 +119,9 @@ def run_and_strike(
             strike_now(crew, folder / f"trace-{attempt}-{strike.rank}", strike)
         landed = crew.wait_for(strike.rank, RUN_S) == -signal.SIGKILL
         moment = time.monotonic()
-        if landed and not patient and not crew.wait(AGENT_S):
+        traces = [folder / f"trace-{attempt}-{rank}" for rank in range(WORLD)]
+        deaf = patient and all(count_trace(trace) > 1 for trace in traces)
+        if landed and not deaf and not crew.wait(AGENT_S):
             crew.signal(signal.SIGTERM)
         if not crew.wait(END_S):
             raise Hang(f"ranks that outlived rank {strike.rank} did not end: {crew.codes}\n{crew.output()}")

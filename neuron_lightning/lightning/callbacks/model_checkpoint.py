@@ -107,6 +107,7 @@ class NeuronModelCheckpoint(ModelCheckpoint):
         self._validated: dict[str, int] = {}
         self._before_validation: dict[str, Any] = {}
         self._keeps_time = False
+        self._recovered = False
 
     # -- Lightning's hooks -----------------------------------------------------------------------------
 
@@ -118,12 +119,24 @@ class NeuronModelCheckpoint(ModelCheckpoint):
                 "lightning's ModelCheckpoint with other strategies."
             )
         super().setup(trainer, pl_module, stage)
+        self._recovered = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, and finishes what a crash interrupted: deletions that were due."""
         super().on_train_start(trainer, pl_module)
         self._due, self._validated = False, {}
         self._keeps_time = trainer.is_global_zero
+        self._recover(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finishes interrupted deletions where a resumed run had nothing left to train."""
+        super().on_fit_end(trainer, pl_module)
+        if not self._recovered:
+            self._recover(trainer)
+
+    def _recover(self, trainer: Trainer) -> None:
+        """Forgets checkpoints that are gone, and deletes those that should be. All ranks together."""
+        self._recovered = True
         present = [one.path for one in self._shelf.kept if is_checkpoint(one.path)]
         self._shelf = self._shelf.only(trainer.strategy.broadcast(present))
         self._adopt(self._shelf)
