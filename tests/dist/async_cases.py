@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from neuron_lightning.checkpoint import AsyncSaver, points
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.parallel import parallel_state
 from tests.dist.checkpoint_cases import make
+from tests.leaks import held
 
 
 def arguments(model: Any, optimizer: Any, step: int = 2) -> dict[str, Any]:
@@ -74,20 +74,20 @@ def fail_on_one_rank(path: str, failing: int, budget: int | None) -> tuple[str, 
         parallel_state.destroy_model_parallel()
 
 
-def fifty_saves(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(open files, threads) after 10 and after 50 saves."""
+def fifty_saves(path: str) -> list[str]:
+    """Files and threads that 50 saves have open and 10 had not."""
     parallel_state.initialize_model_parallel(2)
     try:
         model, optimizer = make(True, torch.float32, 0, 1)
-        figures = []
+        seen = []
         with AsyncSaver() as saver:
             for step in range(50):
                 saver.save(path, **arguments(model, optimizer, step))
                 model.train_steps(optimizer, 1)
                 if step in (9, 49):
                     saver.wait()
-                    figures.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
-        return figures[0], figures[1]
+                    seen.append(held())
+        return sorted(seen[1] - seen[0])
     finally:
         parallel_state.destroy_model_parallel()
 
