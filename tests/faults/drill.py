@@ -181,12 +181,18 @@ def _strike_in_time(
 
 
 def check_tidy(job: Job, folder: Path, resumed: set[int]) -> None:
-    """Nothing but the checkpoints that the job keeps is left; what a user named to resume from is never deleted."""
+    """Nothing but the checkpoints that the job keeps is left; what a user named to resume from is never deleted.
+
+    Lightning's own callback forgets, in what it saves, the checkpoint that it is about to remove: one that it had no
+    time to remove stays, whole. Ours remembers, and removes it in the run that follows.
+    """
     names = {path.name for path in (folder / "ckpt").iterdir()}
     steps = range(job.interval, job.steps + 1, job.interval)
     kept = ["newest.ckpt"] if job.keep == 0 else [f"step={n}.ckpt" for n in steps]
     expected = set(kept if job.keep <= 0 else kept[-job.keep :])
     allowed = set() if job.auto_resume else {f"step={step}.ckpt" for step in resumed}
+    if not job.ours:
+        allowed |= {path.name for step, path in committed(folder).items() if step < max(resumed)}
     if names - allowed != expected - allowed:
         raise Wrong(f"left in the folder are {sorted(names)}, expected {sorted(expected)}")
 
