@@ -230,10 +230,10 @@ def _host_memory(size: int) -> Tensor:
     """Bytes in host memory, pinned where there is an accelerator that knows how."""
     if get_backend().device_type != "cpu":
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except (RuntimeError, NotImplementedError):  # the device has no pinned memory
             pass
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _silent(stage: str, done: int, total: int) -> None:

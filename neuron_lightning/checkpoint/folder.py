@@ -263,7 +263,7 @@ def read_full_state(path: str | Path, *, verify: bool = True) -> dict[str, Tenso
             if not name.startswith("model/"):
                 continue
             record = checkpoint.manifest.tensors[name]
-            full[name] = torch.empty(record.shape, dtype=record.dtype)
+            full[name] = torch.empty(record.shape, dtype=record.dtype, device="cpu")
             wants += checkpoint.wants(record, boxes.whole(record.shape), full[name])
         return wants
 

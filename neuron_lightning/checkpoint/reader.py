@@ -94,7 +94,7 @@ class Checkpoint:
         record = self.manifest.resolve(name)
         if record is None:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}.")
-        tensor = torch.empty(record.shape, dtype=record.dtype)
+        tensor = torch.empty(record.shape, dtype=record.dtype, device="cpu")
         self.read_box(record, boxes.whole(record.shape), tensor)
         return tensor
 

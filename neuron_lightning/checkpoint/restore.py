@@ -147,7 +147,9 @@ class _Stored:
         tensors = {}
         for key in keys:
             dtype = self._records[key][0].dtype if self._records[key] else torch.float32
-            tensors[key] = present[key] if key in present else torch.zeros((), dtype=dtype).expand(length)
+            tensors[key] = (
+                present[key] if key in present else torch.zeros((), dtype=dtype, device="cpu").expand(length)
+            )
         return dataclasses.replace(self._piece, tensors=tensors, scalars=scalars)
 
     def wants(self, piece: Any) -> list[Want]:

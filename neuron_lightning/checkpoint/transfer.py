@@ -109,12 +109,16 @@ class _Buffers:
     def __init__(self) -> None:
         self._free: SimpleQueue[Tensor] = SimpleQueue()
         for _ in range(_BUFFERS):
-            self._free.put(torch.empty(0, dtype=torch.uint8))
+            self._free.put(torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def take(self, size: int) -> Tensor:
         """A buffer of at least ``size`` bytes."""
         buffer = self._free.get()
-        return buffer if buffer.numel() >= size else torch.empty(max(size, PIECE), dtype=torch.uint8)
+        return (
+            buffer
+            if buffer.numel() >= size
+            else torch.empty(max(size, PIECE), dtype=torch.uint8, device="cpu")
+        )
 
     def give(self, buffer: Tensor) -> None:
         """Takes a buffer back."""

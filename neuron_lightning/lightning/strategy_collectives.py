@@ -79,7 +79,7 @@ class CollectivesMixin(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         """Waits for all ranks, on the host."""
         if is_distributed() and dist.get_world_size() > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1, device="cpu"))
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """``obj`` of global rank ``src``, on all ranks."""
@@ -93,6 +93,6 @@ class CollectivesMixin(ParallelStrategy):
         """Whether ``decision`` holds on all ranks (or, with ``all=False``, on any)."""
         if not is_distributed():
             return decision
-        votes = torch.tensor([int(decision)])
+        votes = torch.tensor([int(decision)], device="cpu")
         dist.all_reduce(votes)
         return int(votes.numpy()[0]) >= (dist.get_world_size() if all else 1)

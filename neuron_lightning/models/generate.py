@@ -48,7 +48,7 @@ def generate(
         )
     generator = torch.Generator().manual_seed(seed)
     ends = _end_tokens(model)
-    ended_B = torch.zeros(len(input_ids), dtype=torch.bool)
+    ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device="cpu")
     was_training = model.training
     model.eval()
     try:
@@ -56,7 +56,7 @@ def generate(
             token_B = _sample(_next_logits(model, input_ids), temperature, top_k, generator)
             if ends:
                 token_B[ended_B] = ends[0]
-                ended_B |= torch.isin(token_B, torch.tensor(ends))
+                ended_B |= torch.isin(token_B, torch.tensor(ends, device="cpu"))
             input_ids = torch.cat((input_ids, token_B[:, None].to(input_ids)), dim=1)
             if ended_B.all():
                 break

@@ -183,5 +183,5 @@ def _merge(one: Traits, other: Traits) -> Traits:
 
 def _values(seed: int) -> Tensor:
     """Fixed numbers of both signs and several magnitudes; no random state is touched."""
-    grid = torch.arange(_SHAPE[0] * _SHAPE[1], dtype=torch.float64)
+    grid = torch.arange(_SHAPE[0] * _SHAPE[1], dtype=torch.float64, device="cpu")
     return torch.sin(grid * (1.3 + seed) + seed) * (0.5 + grid / 7.0)

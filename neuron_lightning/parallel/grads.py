@@ -117,7 +117,7 @@ def _local(parameters: list[Tensor], norm_type: float) -> Tensor:
     stacked = torch.stack([n.to(device) for n in norms])
     if math.isinf(norm_type):
         return stacked.max()
-    return (stacked.pow(norm_type) * torch.tensor(weights, dtype=stacked.dtype).to(device)).sum()
+    return (stacked.pow(norm_type) * torch.tensor(weights, dtype=stacked.dtype, device=device)).sum()
 
 
 def _over_ranks(share: Tensor, norm_type: float) -> Tensor:

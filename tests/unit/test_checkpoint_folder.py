@@ -182,6 +182,22 @@ def test_a_resumed_optimizer_goes_on_bit_exactly(
     assert same(model, fresh)
 
 
+def test_a_default_device_does_not_move_what_belongs_to_the_host(tmp_path: Path) -> None:
+    """As under ``torch.set_default_device``; memory of ``meta``, which holds nothing, would show at once."""
+    opt = lambda p: torch.optim.AdamW(p, lr=0.1)
+    (model, optimizer), (fresh, resumed) = trained(0, opt, 3), trained(1, opt, 0)
+    with torch.device("meta"):
+        save(tmp_path / "a", model, [optimizer])
+        load(tmp_path / "a", fresh)
+        checkpoint.load_optimizer_state(tmp_path / "a", [resumed], dict(fresh.named_parameters()))
+        whole = checkpoint.read_full_state(tmp_path / "a")
+    assert same(model, fresh)
+    assert all(tensor.device.type == "cpu" for tensor in whole.values())
+    for mine, theirs in zip(resumed.export_state(), optimizer.export_state(), strict=True):
+        assert mine.scalars == theirs.scalars
+        assert all(torch.equal(mine.tensors[name], value) for name, value in theirs.tensors.items())
+
+
 def test_state_that_an_optimizer_already_has_is_overwritten_where_it_is(tmp_path: Path) -> None:
     def adam(p: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(p, lr=0.1)

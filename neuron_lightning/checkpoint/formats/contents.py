@@ -231,7 +231,7 @@ def assembled(name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Seq
         if len(plan) == 1:
             piece = pieces[plan[0][0]]
             return piece.read(box.within(piece.box))
-        result = torch.empty(box.shape, dtype=dtype)
+        result = torch.empty(box.shape, dtype=dtype, device="cpu")
         for index, common in plan:
             view(result, common.within(box)).copy_(pieces[index].read(common.within(pieces[index].box)))
         return result

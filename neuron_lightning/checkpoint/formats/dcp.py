@@ -108,7 +108,7 @@ class _Folder:
         if (key, number) not in self._cache:
             described = self.described(key)
             chunk = described.chunks[number]
-            target = torch.empty(tuple(chunk.sizes), dtype=described.properties.dtype)
+            target = torch.empty(tuple(chunk.sizes), dtype=described.properties.dtype, device="cpu")
             while self._cache and sum(t.nbytes for t in self._cache.values()) + target.nbytes > _CACHE_BYTES:
                 self._cache.pop(next(iter(self._cache)))
             self._read(key, create_read_items_for_chunk_list(key, described, [chunk]), _Into(target))
@@ -117,7 +117,7 @@ class _Folder:
 
     def value(self, key: str) -> Any:
         """What is stored under ``key`` beside the tensors, unpickled without code."""
-        planner = _Into(torch.empty(0))
+        planner = _Into(torch.empty(0, device="cpu"))
         index = MetadataIndex(key)
         nothing = torch.Size((0,))
         item = ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
@@ -270,7 +270,7 @@ def _state_dict(contents: Contents, entries: dict[str, Entry]) -> dict[str, Any]
     for owner, numbers in contents.scalars.items():
         root, name, _ = _split(f"{owner}/")
         kept = state.setdefault(root, {"state": {}})["state"].setdefault(name, {})
-        kept.update({leaf: torch.tensor(number) for leaf, number in numbers.items()})
+        kept.update({leaf: torch.tensor(number, device="cpu") for leaf, number in numbers.items()})
     for index, groups in enumerate(contents.groups):
         written = [{**group["options"], "params": list(group["params"])} for group in groups]
         state.setdefault(_root(index), {"state": {}})["param_groups"] = written

@@ -74,7 +74,7 @@ def joined(members: Sequence[Entry]) -> Entry:
     starts = [0, *itertools.accumulate(m.shape[0] for m in members)]
 
     def read(box: Box) -> Tensor:
-        result = torch.empty(box.shape, dtype=first.dtype)
+        result = torch.empty(box.shape, dtype=first.dtype, device="cpu")
         for member, start in zip(members, starts, strict=False):
             rest = (0,) * (len(first.shape) - 1)
             place = Box((start, *rest), member.shape)

@@ -264,7 +264,7 @@ def _optimizer(
 def _state(contents: Contents, index: int, members: Sequence[str], put: Any) -> dict[str, Any]:
     owners = [f"optimizer.{index}/{name}" for name in members]
     numbers = contents.scalars.get(owners[0], {})
-    state: dict[str, Any] = {key: torch.tensor(number) for key, number in numbers.items()}
+    state: dict[str, Any] = {key: torch.tensor(number, device="cpu") for key, number in numbers.items()}
     for key in [
         k.removeprefix(f"{owners[0]}/") for k in contents.tensors if k.rpartition("/")[0] == owners[0]
     ]:

@@ -70,7 +70,7 @@ def _reader(checkpoint: Checkpoint, record: TensorRecord) -> Callable[[Box], Ten
             raise CheckpointError(
                 f"the box at {box.offset} of shape {box.shape} is not inside {record.shape}."
             )
-        tensor = torch.empty(box.shape, dtype=record.dtype)
+        tensor = torch.empty(box.shape, dtype=record.dtype, device="cpu")
         checkpoint.read_box(record, box, tensor)
         return tensor
 

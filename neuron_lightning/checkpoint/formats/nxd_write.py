@@ -216,7 +216,7 @@ class _Rank:
     ) -> tuple[dict[str, Any], Any]:
         owner = f"optimizer.{index}/{param.parts[0].name}"
         numbers = self.contents.scalars.get(owner, {})
-        state: dict[str, Any] = {key: torch.tensor(number) for key, number in numbers.items()}
+        state: dict[str, Any] = {key: torch.tensor(number, device="cpu") for key, number in numbers.items()}
         master = None
         for key in _state_keys(self.contents, owner):
             if key == "master" and not self.writing.zero1:

@@ -106,11 +106,11 @@ class Scratch:
         """A tensor of zeros that is mapped from a file which has no name and goes when the tensor does."""
         numel = torch.Size(shape).numel()
         if not numel:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".scratch-") as file:
             file.truncate(numel * dtype.itemsize)
             storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=numel * dtype.itemsize)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
 
     def copy(self, entry: Entry) -> Tensor:
         """A whole entry, filled slice by slice."""

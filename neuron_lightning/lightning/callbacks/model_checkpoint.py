@@ -236,7 +236,7 @@ class NeuronModelCheckpoint(ModelCheckpoint):
     def _save_due(self, trainer: Trainer, epoch_ended: bool) -> None:
         metrics = self._monitor_candidates(trainer)
         if epoch_ended:  # its number has moved on already
-            metrics["epoch"] = torch.tensor(trainer.current_epoch - 1)
+            metrics["epoch"] = torch.tensor(trainer.current_epoch - 1, device="cpu")
         if self.monitor is not None and not self._is_fresh(trainer, metrics):
             self._require_metric(trainer, metrics, epoch_ended)
             return
@@ -275,7 +275,7 @@ class NeuronModelCheckpoint(ModelCheckpoint):
         )
         path = self._name(trainer, metrics, plan(Saved(path="", step=step, score=score)).obsolete)
         self._shelf = plan(Saved(path=path, step=step, score=score))
-        self.current_score = None if score is None else torch.tensor(score)
+        self.current_score = None if score is None else torch.tensor(score, device="cpu")
         if self.verbose:
             rank_zero_info(f"step {step}: saving {path}")
         trainer.save_checkpoint(path, self.save_weights_only)
@@ -318,17 +318,23 @@ class NeuronModelCheckpoint(ModelCheckpoint):
 
     def _public(self, shelf: Shelf) -> dict[str, Any]:
         """Lightning's attributes, as they are when what is on the shelf is committed."""
-        scores = {one.path: torch.tensor(one.score) for one in shelf.best if one.score is not None}
+        scores = {
+            one.path: torch.tensor(one.score, device="cpu") for one in shelf.best if one.score is not None
+        }
         best = shelf.best[0] if shelf.best else None
         worst = shelf.best[-1] if shelf.best and len(shelf.best) == self.save_top_k else None
         newest = max(shelf.kept, key=lambda one: one.step, default=None)
-        unranked = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        unranked = torch.tensor(math.inf if self.mode == "min" else -math.inf, device="cpu")
         return {
             "best_model_path": "" if best is None else best.path,
-            "best_model_score": None if best is None or best.score is None else torch.tensor(best.score),
+            "best_model_score": None
+            if best is None or best.score is None
+            else torch.tensor(best.score, device="cpu"),
             "best_k_models": scores,
             "kth_best_model_path": "" if worst is None else worst.path,
-            "kth_value": unranked if worst is None or worst.score is None else torch.tensor(worst.score),
+            "kth_value": unranked
+            if worst is None or worst.score is None
+            else torch.tensor(worst.score, device="cpu"),
             "last_model_path": "" if newest is None else newest.path,
         }
 
