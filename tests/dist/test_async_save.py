@@ -28,14 +28,18 @@ def rank_saves_beside(folder, kind, budget, options):
     arguments = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"}
     strategy = {"zero1": True, "async_save": AsyncSave(memory_budget_gib=budget)}
     try:
-        _, plain, logger = run(kind, {"zero1": True}, NeuronModelCheckpoint(f"{folder}/sync", **arguments), **options)
+        _, plain, logger = run(
+            kind, {"zero1": True}, NeuronModelCheckpoint(f"{folder}/sync", **arguments), **options
+        )
         saving = NeuronModelCheckpoint(f"{folder}/async", **arguments)
         trainer, module, _ = run(kind, strategy, saving, **options)
         for name, value in cases.trained(plain).items():
             assert torch.equal(cases.trained(module)[name], value), name
         assert steps_in(f"{folder}/async") == steps_in(f"{folder}/sync") == [3, 6, 9]
         for step in (3, 6, 9):
-            first, second = (checkpoint.read_full_state(f"{folder}/{k}/step={step}.ckpt") for k in ("sync", "async"))
+            first, second = (
+                checkpoint.read_full_state(f"{folder}/{k}/step={step}.ckpt") for k in ("sync", "async")
+            )
             assert all(torch.equal(first[name], second[name]) for name in first)
         assert saving.best_model_path == trainer.strategy.last_saved == f"{folder}/async/step=9.ckpt"
         _, resumed, later = run(

@@ -136,12 +136,18 @@ def test_last_best_and_a_path(pool2, tmp_path, make):
 
 def test_auto_resume_needs_a_folder_that_is_the_same_in_every_run(tmp_path):
     with pytest.raises(ConfigError, match="none has a dirpath"):
-        run(Scored, {"auto_resume": True}, NeuronModelCheckpoint(), max_steps=1, default_root_dir=str(tmp_path))
+        run(
+            Scored,
+            {"auto_resume": True},
+            NeuronModelCheckpoint(),
+            max_steps=1,
+            default_root_dir=str(tmp_path),
+        )
 
 
 def test_of_two_names_for_one_step_the_later_version_counts(tmp_path):
     try:
-        trainer, _, _ = run(Scored, {}, keeper(str(tmp_path)), max_steps=2)
+        run(Scored, {}, keeper(str(tmp_path)), max_steps=2)
         shutil.copytree(tmp_path / "step=2.ckpt", tmp_path / "step=2-v1.ckpt")
         assert len(checkpoint.list_checkpoints(tmp_path)) == 2
         again, _, _ = run(Scored, {"auto_resume": True}, keeper(str(tmp_path)), max_steps=2)
@@ -167,7 +173,10 @@ def test_a_folder_in_an_object_store(tmp_path):
         again, _, _ = run(Scored, {"auto_resume": True, "async_save": True}, saving, max_steps=12)
         assert again.ckpt_path == f"{folder}/step=8.ckpt"
         assert steps_in(folder) == [4, 12]
-        assert (saving.best_model_path, saving.last_model_path) == (f"{folder}/step=4.ckpt", f"{folder}/step=12.ckpt")
+        assert (saving.best_model_path, saving.last_model_path) == (
+            f"{folder}/step=4.ckpt",
+            f"{folder}/step=12.ckpt",
+        )
     finally:
         parallel_state.destroy_model_parallel()
 

@@ -12,7 +12,9 @@ from neuron_lightning.testing import RankFailure, RankPool
 from tests.dist import async_cases, checkpoint_cases
 
 
-@pytest.mark.parametrize(("tp", "zero1", "kind"), [(2, True, "deduped"), (4, False, "sharded"), (1, True, "deduped")])
+@pytest.mark.parametrize(
+    ("tp", "zero1", "kind"), [(2, True, "deduped"), (4, False, "sharded"), (1, True, "deduped")]
+)
 def test_a_save_beside_training_holds_the_state_of_its_step(
     pool4: RankPool, tmp_path: Path, tp: int, zero1: bool, kind: str
 ) -> None:

@@ -114,7 +114,10 @@ def rank_loads_into_another_model(path: str, kind: str) -> tuple[str, bool]:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("tied32", "model.layers.0.self_attn.qkv_proj.weight_k is (8, 32) in the checkpoint and (4, 32) in the module"),
+        (
+            "tied32",
+            "model.layers.0.self_attn.qkv_proj.weight_k is (8, 32) in the checkpoint and (4, 32) in the module",
+        ),
         ("llama64", "missing in the checkpoint: model.layers.1.input_layernorm.weight"),
         ("plain64", "missing in the checkpoint: scale, shift, embed.weight"),
     ],
@@ -133,11 +136,17 @@ def rank_loads_other_optimizers(path: str) -> list[str]:
     with reshard_ranks.laid_out(LAYOUT):
         model, optimizer = reshard_ranks.build("bf16", LAYOUT, seed=1)
         named = dict(model.named_parameters())
-        other = cases.ParallelOptimizer(torch.optim.AdamW(model.parameters()), zero1=True, master_weights=True)
+        other = cases.ParallelOptimizer(
+            torch.optim.AdamW(model.parameters()), zero1=True, master_weights=True
+        )
         return [
             message_of(lambda: checkpoint.load_optimizer_state(path, [optimizer, optimizer], named)),
             message_of(lambda: checkpoint.load_optimizer_state(path, [other], named)),
-            message_of(lambda: checkpoint.load_optimizer_state(path, [cases.make(True, torch.float32, 0, 0)[1]], named)),
+            message_of(
+                lambda: checkpoint.load_optimizer_state(
+                    path, [cases.make(True, torch.float32, 0, 0)[1]], named
+                )
+            ),
         ]
 
 

@@ -15,7 +15,9 @@ SLACK = 24 * MIB
 
 @pytest.mark.parametrize(("save_tp", "load_tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_reshard_needs_a_constant_amount_of_memory(tmp_path: Path, save_tp: int, load_tp: int) -> None:
-    size = Size(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000)
+    size = Size(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000
+    )
     result = measure(size, str(tmp_path), save_tp, load_tp)
     assert result.different == []
     assert result.state > 6 * (EXTRA_BYTES + SLACK)

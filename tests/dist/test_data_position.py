@@ -129,7 +129,9 @@ def rank_resumes(folder, kind, workers, tp):
     try:
         whole = fit(f"{folder}/whole", kind, workers, tp=tp)
         for step in (3, 8, 11):
-            again = fit(f"{folder}/{step}", kind, workers, ckpt_path=f"{folder}/whole/step={step}.ckpt", tp=tp)
+            again = fit(
+                f"{folder}/{step}", kind, workers, ckpt_path=f"{folder}/whole/step={step}.ckpt", tp=tp
+            )
             assert again.seen == whole.seen[len(whole.seen) - len(again.seen) :], step
             assert len(again.seen) == len(whole.seen) * (STEPS - step) // STEPS
             for name, value in cases.trained(whole).items():
@@ -161,7 +163,9 @@ def rank_streams(folder):
         fit(folder, "iterable", 0, steps=3)
         with pytest.raises(DataError) as caught:
             fit(folder, "iterable", 0, ckpt_path=f"{folder}/step=3.ckpt", steps=5)
-        allowed = fit(f"{folder}/o", "iterable", 0, ckpt_path=f"{folder}/step=3.ckpt", steps=5, override=["data"])
+        allowed = fit(
+            f"{folder}/o", "iterable", 0, ckpt_path=f"{folder}/step=3.ckpt", steps=5, override=["data"]
+        )
         return str(caught.value), allowed.seen
     finally:
         parallel_state.destroy_model_parallel()
@@ -179,7 +183,12 @@ def rank_changes_layout(folder, accumulate):
     try:
         whole = fit(f"{folder}/whole", "positional", 0)
         again = fit(
-            f"{folder}/again", "small", 0, ckpt_path=f"{folder}/whole/step=3.ckpt", tp=2, accumulate_grad_batches=2
+            f"{folder}/again",
+            "small",
+            0,
+            ckpt_path=f"{folder}/whole/step=3.ckpt",
+            tp=2,
+            accumulate_grad_batches=2,
         )
         return whole.seen, again.seen
     finally:

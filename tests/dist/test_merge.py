@@ -101,7 +101,9 @@ def test_bad_input(pool2: RankPool, tmp_path: Path) -> None:
         merge([tmp_path / "saved"], tmp_path / "merged.ckpt")
     files = sorted((tmp_path / "saved").glob("*.safetensors"))
     merge(files, tmp_path / "again.ckpt")
-    states = [torch.load(tmp_path / n, weights_only=True)["state_dict"] for n in ("again.ckpt", "merged.ckpt")]
+    states = [
+        torch.load(tmp_path / n, weights_only=True)["state_dict"] for n in ("again.ckpt", "merged.ckpt")
+    ]
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
     with pytest.raises(CheckpointError, match="must be of one checkpoint, but they are of none"):
         merge([], tmp_path / "x.ckpt")

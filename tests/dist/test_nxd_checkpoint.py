@@ -84,7 +84,9 @@ def rank_saves_and_loads(folder, background, before, after):
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(("before", "after"), [((2, False), (2, False)), ((2, False), (1, True)), ((1, True), (2, True))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, False), (2, False)), ((2, False), (1, True)), ((1, True), (2, True))]
+)
 def test_a_loop_saves_keeps_two_and_goes_on(pool2, tmp_path, background, before, after):
     for names, content, older, expected, found in pool2.run(
         rank_saves_and_loads, str(tmp_path), background, before, after
@@ -115,9 +117,9 @@ def test_what_cannot_be_saved(tmp_path):
         nl.save_checkpoint(tmp_path, 1, model={})
     with pytest.raises(CheckpointError, match="num_kept_ckpts must be at least 1"):
         nl.save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1), num_kept_ckpts=0)
-    with pytest.raises(CheckpointError, match=r"needs model=…"):
-        try:
-            nl.save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1))
+    try:
+        nl.save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1))
+        with pytest.raises(CheckpointError, match=r"needs model=…"):
             nl.load_checkpoint(tmp_path, 1, optimizer=object())
-        finally:
-            parallel_state.destroy_model_parallel()
+    finally:
+        parallel_state.destroy_model_parallel()

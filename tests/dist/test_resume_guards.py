@@ -54,8 +54,13 @@ def rank_drifts(folder, before, after, trainer_before, trainer_after, override, 
         if seed:
             cases.new = lambda kind, *a: (seed_everything(seed, verbose=False), kind(*a))[1]
         try:
-            trainer, module, _ = run(
-                make(after), strategy, saving, ckpt_path=f"{folder}/step=4.ckpt", max_steps=12, **trainer_after
+            _, module, _ = run(
+                make(after),
+                strategy,
+                saving,
+                ckpt_path=f"{folder}/step=4.ckpt",
+                max_steps=12,
+                **trainer_after,
             )
         except ConfigError as error:
             assert steps_in(folder) == steps
@@ -137,7 +142,7 @@ def rank_blows_up(folder, poison, strategy):
     try:
         with pytest.raises(CheckpointError) as caught:
             run(Noisy, strategy, saving, callbacks=[poison], max_steps=20)
-        return str(caught.value), [s for s in steps_in(folder)], saving.best_model_path
+        return str(caught.value), list(steps_in(folder)), saving.best_model_path
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -146,7 +151,11 @@ def rank_blows_up(folder, poison, strategy):
     ("poison", "strategy", "said"),
     [
         (Poison(1, 3, "data", float("nan")), {"zero1": True}, "the weights up.weight holds"),
-        (Poison(0, 3, "data", float("inf")), {"zero1": True, "async_save": True}, "the weights up.weight holds"),
+        (
+            Poison(0, 3, "data", float("inf")),
+            {"zero1": True, "async_save": True},
+            "the weights up.weight holds",
+        ),
         (Poison(1, 4, "state", float("inf")), {"zero1": True}, "rank 1 .*the optimizer state exp_avg_sq of"),
     ],
 )
@@ -216,7 +225,9 @@ def test_a_schedule_that_is_a_function_is_compared_by_its_values(tmp_path):
     saving = NeuronModelCheckpoint(str(tmp_path), every_n_train_steps=2, filename="{step}")
     try:
         run(lambda: Curved(gamma=1), {}, saving, max_steps=2)
-        with pytest.raises(ConfigError, match=r"(?s)scheduler\.0\.lambda0: \[0\.99, 0\.9, .*resume_override=\['scheduler'\]"):
+        with pytest.raises(
+            ConfigError, match=r"(?s)scheduler\.0\.lambda0: \[0\.99, 0\.9, .*resume_override=\['scheduler'\]"
+        ):
             run(lambda: Curved(gamma=2), {}, saving, ckpt_path="last", max_steps=4)
         override = {"resume_override": ["scheduler"]}
         _, module, _ = run(lambda: Curved(gamma=2), override, saving, ckpt_path="last", max_steps=4)

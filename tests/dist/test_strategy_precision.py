@@ -115,7 +115,10 @@ def rank_scaler_resume(path):
         )
         module = cases.new(Overflow).double()
         trainer = Trainer(
-            strategy=NeuronXLAStrategy(zero1=True), plugins=[plugin], max_epochs=epochs, **{**cases.QUIET, "logger": False}
+            strategy=NeuronXLAStrategy(zero1=True),
+            plugins=[plugin],
+            max_epochs=epochs,
+            **{**cases.QUIET, "logger": False},
         )
         try:
             trainer.fit(module, DataLoader(cases.dataset(), batch_size=cases.SAMPLES // 2), ckpt_path=resume)
