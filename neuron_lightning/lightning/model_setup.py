@@ -17,6 +17,7 @@ from neuron_lightning.lightning.settings import StrategySettings
 from neuron_lightning.lightning.strategy_collectives import gather_objects, is_distributed
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import materialize
+from neuron_lightning.parallel.move import move_module
 from neuron_lightning.parallel.plan import APPLIED, parallelize
 from neuron_lightning.parallel.random import model_parallel_manual_seed
 from neuron_lightning.parallel.spec import ShardSpec, get_spec
@@ -49,7 +50,7 @@ def prepare_module(module: nn.Module, settings: StrategySettings, device: torch.
     _check_equal_models(module)
     _apply_plan(module, settings)
     mark_drawn_alike(module, materialize(module, seed, device))
-    module.to(device)
+    move_module(module, device)
     _synchronise(module, everything=settings.sync_module_states)
     if mesh.current().world_size > 1:
         model_parallel_manual_seed(seed)

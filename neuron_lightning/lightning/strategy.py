@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
@@ -37,6 +38,7 @@ from neuron_lightning.lightning.strategy_resume import ResumeMixin
 from neuron_lightning.optim import wrap_optimizer
 from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import deferred_init
+from neuron_lightning.parallel.move import move_module
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +247,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
     def model_to_device(self) -> None:
         """Moves the module to this rank's device."""
         if self.model is not None:
-            self.model.to(self.root_device)
+            move_module(self.model, self.root_device)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Calls ``configure_optimizers`` and puts a ParallelOptimizer around each optimizer that is none."""
@@ -295,7 +297,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         self._saves.close()
         failures.stop_watching()
         if self.lightning_module is not None:
-            self.lightning_module.cpu()
+            move_module(self.lightning_module, torch.device("cpu"))
         if self.accelerator is not None:
             self.accelerator.teardown()
         if self.cluster_environment is not None:

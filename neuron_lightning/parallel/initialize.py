@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.errors import ConfigError
 from neuron_lightning.parallel.drawing import Distribution, fill_box, key_of, recognise, seeded
+from neuron_lightning.parallel.move import move_parameter
 from neuron_lightning.parallel.random import next_construction
 from neuron_lightning.parallel.shards import fill_from_global, local_box
 from neuron_lightning.parallel.spec import ShardPart, get_spec
@@ -221,7 +222,7 @@ def _reset(
             own[leaf].copy_(values)
     for param in metas.values():
         real = replacements[id(param)][1]
-        real.data = real.data.to(device)
+        move_parameter(real, device)
     for leaf in buffers:
         child._buffers[leaf] = child.get_buffer(leaf).to(device)
     return [f"{prefix}.{leaf}" if prefix else leaf for leaf in metas]
