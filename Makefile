@@ -13,7 +13,7 @@ ARGS ?=
 SHARD ?= 1/1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-fresh test test-slow test-parity test-faults lint format bench bench-checkpoint tensorboard clean
+.PHONY: help setup quickstart quickstart-fresh test test-slow test-sim test-parity test-faults lint format bench bench-checkpoint tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,12 @@ quickstart: $(STAMP) ## train a small Llama, tensor parallel with ZeRO-1, throug
 quickstart-fresh: $(STAMP) ## the same from step 0, forgetting the earlier run
 	$(BIN)/python examples/llama/quickstart.py --fresh $(ARGS)
 
-test: $(STAMP) ## all tests but the slow ones
+test: $(STAMP) ## all tests but the slow ones, a share of them on the simulated neuron device first
+	$(BIN)/python -m tests.sim --share
 	$(BIN)/python -m pytest -m "not slow" --timeout 600 $(ARGS)
+
+test-sim: $(STAMP) ## every test of training and checkpoints on the simulated neuron device
+	$(BIN)/python -m tests.sim $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)

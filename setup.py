@@ -33,6 +33,7 @@ setup(
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "ninja>=1.11",
             "ruff>=0.12",
             "mypy>=1.15",
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from neuron_lightning.checkpoint import AsyncSaver, points
 from neuron_lightning.errors import CheckpointError
-from neuron_lightning.parallel import parallel_state
+from tests.devices import layout
 from tests.dist.checkpoint_cases import make
 from tests.leaks import held
 
@@ -29,8 +30,8 @@ def arguments(model: Any, optimizer: Any, step: int = 2) -> dict[str, Any]:
 
 def save_while_training(path: str, tp: int, zero1: bool, kind: str) -> bool:
     """Saves after two steps; the steps after that, with their collectives, run while it is being written."""
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp), contextlib.ExitStack() as stack:
+        stack.callback(points.clear)
         model, optimizer = make(zero1, torch.float32, seed=0, steps=2)
         with AsyncSaver() as saver:
             points.on("share_opened", lambda: time.sleep(0.3))
@@ -39,19 +40,16 @@ def save_while_training(path: str, tp: int, zero1: bool, kind: str) -> bool:
             overlapped = saver.pending is not None
             saver.wait()
         return overlapped
-    finally:
-        points.clear()
-        parallel_state.destroy_model_parallel()
 
 
 def fail_on_one_rank(path: str, failing: int, budget: int | None) -> tuple[str, bool, list[str]]:
     """The error of a failed save, whether the next one worked, and what is left."""
-    parallel_state.initialize_model_parallel(2)
 
     def full_disk() -> None:
         raise OSError(28, "No space left on device")
 
-    try:
+    with layout(2), contextlib.ExitStack() as stack:
+        stack.callback(points.clear)
         model, optimizer = make(True, torch.float32, 0, 1)
         with AsyncSaver(memory_budget=budget if dist.get_rank() == failing else None) as saver:
             if dist.get_rank() == failing:
@@ -69,15 +67,11 @@ def fail_on_one_rank(path: str, failing: int, budget: int | None) -> tuple[str, 
             saver.save(path, **arguments(model, optimizer))
             saver.wait()
             return message, (Path(path) / "manifest.json").exists(), left
-    finally:
-        points.clear()
-        parallel_state.destroy_model_parallel()
 
 
 def fifty_saves(path: str) -> list[str]:
     """Files and threads that 50 saves have open and 10 had not."""
-    parallel_state.initialize_model_parallel(2)
-    try:
+    with layout(2):
         model, optimizer = make(True, torch.float32, 0, 1)
         seen = []
         with AsyncSaver() as saver:
@@ -88,21 +82,19 @@ def fifty_saves(path: str) -> list[str]:
                     saver.wait()
                     seen.append(held())
         return sorted(seen[1] - seen[0])
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def die_in_the_background(path: str, victim: int) -> str:
     """One rank is killed while it writes; what the others hear, and how soon."""
-    parallel_state.initialize_model_parallel(1)
-    model, optimizer = make(False, torch.float32, 0, 1)
-    saver = AsyncSaver()
-    if dist.get_rank() == victim:
-        points.on("share_opened", lambda: os._exit(9))
-    saver.save(path, **arguments(model, optimizer))
-    started = time.monotonic()
-    try:
-        saver.wait()
-    except CheckpointError as error:
-        Path(f"{path}.heard-{dist.get_rank()}").write_text(f"{time.monotonic() - started:.1f} {error}")
-    return "done"
+    with layout():
+        model, optimizer = make(False, torch.float32, 0, 1)
+        saver = AsyncSaver()
+        if dist.get_rank() == victim:
+            points.on("share_opened", lambda: os._exit(9))
+        saver.save(path, **arguments(model, optimizer))
+        started = time.monotonic()
+        try:
+            saver.wait()
+        except CheckpointError as error:
+            Path(f"{path}.heard-{dist.get_rank()}").write_text(f"{time.monotonic() - started:.1f} {error}")
+        return "done"

@@ -15,8 +15,9 @@ from neuron_lightning import checkpoint
 from neuron_lightning.checkpoint import boxes, points
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.optim import ParallelOptimizer
-from neuron_lightning.parallel import mesh, parallel_state
+from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.spec import ShardPart, ShardSpec, set_spec
+from tests.devices import layout
 
 GLOBAL_SHAPES = {
     "embed.weight": (10, 4),
@@ -144,8 +145,7 @@ def save_in_small_pieces(path: str, tp: int, zero1: bool) -> int:
 
 def save_as(path: str, tp: int, zero1: bool, dtype: torch.dtype, kind: str = "deduped") -> int:
     """Trains two steps under a layout and saves. Returns the bytes on disk of all shards."""
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp):
         model, optimizer = make(zero1, dtype, seed=0, steps=2)
         checkpoint.write_checkpoint(
             path,
@@ -157,22 +157,17 @@ def save_as(path: str, tp: int, zero1: bool, dtype: torch.dtype, kind: str = "de
             state_dict_type=kind,
         )
         return sum(f.stat().st_size for f in Path(path).glob("rank-*.safetensors"))
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def load_as(path: str, tp: int, zero1: bool, dtype: torch.dtype) -> list[str]:
     """Loads under a layout and compares with a run that always had it. Returns the names that differ."""
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp):
         expected_model, expected = make(zero1, dtype, seed=0, steps=2)
         model, optimizer = make(zero1, dtype, seed=9, steps=0)
         named = dict(model.named_parameters())
         checkpoint.load_module_state(path, model.state_dict(), named)
         checkpoint.load_optimizer_state(path, [optimizer], named)
         return compare(model, optimizer, expected_model, expected)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def compare(
@@ -215,56 +210,51 @@ def save_with_failure(path: str, failing: int) -> tuple[str, list[str]]:
     def full_disk() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    parallel_state.initialize_model_parallel(2)
-    try:
-        model, _ = make(True, torch.float32, 0, 0)
-        arguments: dict[str, Any] = {
-            "module_state": model.state_dict(),
-            "parameters": dict(model.named_parameters()),
-            "trainer_state": {},
-        }
-        if dist.get_rank() == failing:
-            points.on("share_opened", full_disk)
+    with layout(2):
         try:
+            model, _ = make(True, torch.float32, 0, 0)
+            arguments: dict[str, Any] = {
+                "module_state": model.state_dict(),
+                "parameters": dict(model.named_parameters()),
+                "trainer_state": {},
+            }
+            if dist.get_rank() == failing:
+                points.on("share_opened", full_disk)
+            try:
+                checkpoint.write_checkpoint(path, **arguments)
+                message = "no error"
+            except CheckpointError as error:
+                message = str(error)
+            dist.barrier()
+            left = sorted(f.name for f in Path(path).parent.iterdir())
+            points.clear()
+            dist.barrier()
             checkpoint.write_checkpoint(path, **arguments)
-            message = "no error"
-        except CheckpointError as error:
-            message = str(error)
-        dist.barrier()
-        left = sorted(f.name for f in Path(path).parent.iterdir())
-        points.clear()
-        dist.barrier()
-        checkpoint.write_checkpoint(path, **arguments)
-        return message, left
-    finally:
-        points.clear()
-        parallel_state.destroy_model_parallel()
+            return message, left
+        finally:
+            points.clear()
 
 
 def load_after_damage(path: str) -> str:
-    parallel_state.initialize_model_parallel(1)
     try:
-        model, _ = make(False, torch.float32, 0, 0)
-        checkpoint.load_module_state(path, model.state_dict(), dict(model.named_parameters()))
-        return "no error"
+        with layout():
+            model, _ = make(False, torch.float32, 0, 0)
+            checkpoint.load_module_state(path, model.state_dict(), dict(model.named_parameters()))
+            return "no error"
     except CheckpointError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def save_to_different_paths(folder: str) -> str:
-    parallel_state.initialize_model_parallel(1)
     try:
-        model, _ = make(False, torch.float32, 0, 0)
-        checkpoint.write_checkpoint(
-            f"{folder}/{dist.get_rank()}",
-            module_state=model.state_dict(),
-            parameters=dict(model.named_parameters()),
-            trainer_state={},
-        )
-        return "no error"
+        with layout():
+            model, _ = make(False, torch.float32, 0, 0)
+            checkpoint.write_checkpoint(
+                f"{folder}/{dist.get_rank()}",
+                module_state=model.state_dict(),
+                parameters=dict(model.named_parameters()),
+                trainer_state={},
+            )
+            return "no error"
     except CheckpointError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()

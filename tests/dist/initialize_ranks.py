@@ -15,11 +15,11 @@ from neuron_lightning.parallel import (
     deferred_init,
     materialize,
     model_parallel_manual_seed,
-    parallel_state,
 )
 from neuron_lightning.parallel import mesh as mesh_module
 from neuron_lightning.parallel.shards import local_box
 from neuron_lightning.parallel.spec import get_spec
+from tests.devices import layout
 
 _small = functools.partial(nn.init.normal_, std=0.02)
 
@@ -44,16 +44,13 @@ class Zoo(nn.Module):
 
 def boxes(tp: int, how: str, dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     """Name -> (global offset, values) of everything that this rank holds."""
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp):
         before = torch.get_rng_state()
         model = build(tp, how, dtype)
         if how != "meta":  # a plain torch layer among them draws from torch's generator
             return collect(model, ours_only=True)
         assert torch.equal(before, torch.get_rng_state())
         return collect(model)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def build(tp: int, how: str, dtype: torch.dtype) -> Zoo:

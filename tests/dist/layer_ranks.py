@@ -17,12 +17,12 @@ from neuron_lightning.parallel import (
     RowParallelLinear,
     collectives,
     parallel_cross_entropy,
-    parallel_state,
 )
 from neuron_lightning.parallel import mesh as mesh_module
 from neuron_lightning.parallel.initialize import load_global
 from neuron_lightning.parallel.shards import global_box, local_box
 from neuron_lightning.parallel.spec import get_spec
+from tests.devices import layout
 
 TOLERANCE = 1e-12
 SEQ, BATCH = 8, 3
@@ -30,11 +30,8 @@ SEQ, BATCH = 8, 3
 
 @contextmanager
 def mesh(tp: int):
-    parallel_state.initialize_model_parallel(tp)
-    try:
-        yield mesh_module.current()
-    finally:
-        parallel_state.destroy_model_parallel()
+    with layout(tp) as made:
+        yield made
 
 
 def on_mesh(tp: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

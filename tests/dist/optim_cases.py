@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuron_lightning.optim import ParallelOptimizer
-from neuron_lightning.parallel import parallel_state
+from tests.devices import layout
 
 CLASSES: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True),
@@ -95,8 +95,7 @@ def train_parallel(
     name: str, zero1: bool, steps: int, micros: int, clip: float | None, bucket_bytes: int
 ) -> tuple[Tensor, list[float]]:
     """The same on the ranks of the present process group; every rank calls it together."""
-    parallel_state.initialize_model_parallel()
-    try:
+    with layout():
         rank, dp = dist.get_rank(), dist.get_world_size()
         net = Net()
         optimizer = ParallelOptimizer(
@@ -114,5 +113,3 @@ def train_parallel(
             norms.append(optimizer.grad_norm.item())
         assert net.tied is net.second
         return vector(net), norms
-    finally:
-        parallel_state.destroy_model_parallel()

@@ -300,7 +300,7 @@ def check_autocast(sequence: bool) -> None:
     column = ColumnParallelLinear(6, 8, gather_output=False, sequence_parallel_enabled=sequence)
     row = RowParallelLinear(8, 6, input_is_parallel=True, sequence_parallel_enabled=sequence)
     x = torch.randn(4, 3, 6, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with get_backend().autocast(torch.bfloat16):
         hidden = column(x)
         y = row(hidden)
     assert hidden.dtype == y.dtype == torch.bfloat16

@@ -17,7 +17,7 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
-    "accelerator": "cpu",
+    "accelerator": "auto",  # the backend in use: also a simulated device
 }
 SAMPLES = 32
 

@@ -37,7 +37,9 @@ MAKE = {
 def average_of(trainer):
     """The averaged weights of this rank, by name."""
     model = next(c for c in trainer.callbacks if hasattr(c, "_average_model"))._average_model
-    return {n.removeprefix("module."): t.clone() for n, t in model.state_dict().items() if "n_averaged" not in n}
+    return {
+        n.removeprefix("module."): t.clone() for n, t in model.state_dict().items() if "n_averaged" not in n
+    }
 
 
 def rank_averages(folder, kind, first, second, epochs, at):
@@ -46,7 +48,11 @@ def rank_averages(folder, kind, first, second, epochs, at):
         arguments = {"every_n_train_steps": at, "save_top_k": -1, "filename": "{step}"}
         options = {"max_epochs": epochs}
         whole, module, _ = run(
-            Plain, first, NeuronModelCheckpoint(f"{folder}/a", **arguments), callbacks=[MAKE[kind]()], **options
+            Plain,
+            first,
+            NeuronModelCheckpoint(f"{folder}/a", **arguments),
+            callbacks=[MAKE[kind]()],
+            **options,
         )
         average, weights = average_of(whole), cases.trained(module)
         again, resumed, _ = run(
@@ -96,7 +102,7 @@ def rank_exports(folder):
         run(Plain, {}, saving, callbacks=[callback], max_steps=6)
         full = checkpoint.read_full_state(f"{folder}/step=6.ckpt")
         assert set(full) == set(keep)
-        return all(torch.equal(full[n], keep[n]) for n in keep)
+        return all(torch.equal(full[n], keep[n].cpu()) for n in keep)
     finally:
         parallel_state.destroy_model_parallel()
 

@@ -15,9 +15,10 @@ from neuron_lightning.checkpoint import manifest
 from neuron_lightning.cli.main import main
 from neuron_lightning.models.llama import LlamaConfig, LlamaForCausalLM
 from neuron_lightning.optim import ParallelOptimizer, get_param_groups_by_weight_decay
-from neuron_lightning.parallel import mesh, parallel_state
+from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import deferred_init, materialize
 from neuron_lightning.testing import RankPool
+from tests.devices import default_dtype, layout
 from tests.unit.formats_cases import write_config
 
 SHAPE: dict[str, Any] = {
@@ -41,10 +42,7 @@ def ids() -> Tensor:
 
 def rank_trains(path: str, tp: int, zero1: bool, shape: dict[str, Any], dtype: str) -> Tensor:
     """Trains two steps and saves; this rank's slice of the logits of :func:`ids`."""
-    parallel_state.initialize_model_parallel(tp)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
+    with layout(tp), default_dtype(getattr(torch, dtype)):
         with deferred_init():
             module = torch.nn.Module()
             module.model = LlamaForCausalLM(LlamaConfig(**shape))
@@ -66,9 +64,6 @@ def rank_trains(path: str, tp: int, zero1: bool, shape: dict[str, Any], dtype: s
         )
         with torch.no_grad():
             return module.model(ids()).logits.float().clone()
-    finally:
-        torch.set_default_dtype(before)
-        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -134,7 +134,7 @@ def rank_counts(folder, manual, every):
         gradient_clip_val=None if manual else 1.0,
         logger=NeuronTensorBoardLogger(save_dir=folder),
         callbacks=[ModelCheckpoint(dirpath=folder, every_n_train_steps=1000), NeuronTQDMProgressBar()],
-        accelerator="cpu", enable_model_summary=False, use_distributed_sampler=False,
+        enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     rows = [{"x": x, "y": y} for x, y, _ in cases.dataset()]
     loader = Loader(rows, batch_size=2)

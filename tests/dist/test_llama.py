@@ -16,10 +16,11 @@ from neuron_lightning.models.generate import generate
 from neuron_lightning.models.llama import LlamaConfig, LlamaForCausalLM
 from neuron_lightning.models.llama_hf import from_hf, save_hf
 from neuron_lightning.models.llama_plan import HF_LLAMA_PLAN
-from neuron_lightning.parallel import activation_checkpoint, parallel_state
+from neuron_lightning.parallel import activation_checkpoint
 from neuron_lightning.parallel.initialize import deferred_init, materialize
 from neuron_lightning.parallel.plan import parallelize
 from neuron_lightning.testing import RankPool
+from tests.devices import device, layout, layout_if
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -60,9 +61,7 @@ def forward_backward(
     tp: int, changes: dict[str, Any], masked: bool = False, checkpointed: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Local logits, loss, and the gradients of the parameters whose gradient is complete on each rank."""
-    if tp > 1:
-        parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout_if(tp > 1, tp):
         model = build(**changes)
         if checkpointed:
             activation_checkpoint.apply_activation_checkpointing(model, "full")
@@ -76,8 +75,6 @@ def forward_backward(
             if p.name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight"))
         }
         return output.logits.detach().contiguous(), output.loss.detach(), gradients
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 CASES = {
@@ -114,12 +111,8 @@ def test_logits_loss_and_gradients_are_those_of_one_rank(
 
 def load_and_call(tp: int, folder: Path, changes: dict[str, Any]) -> Tensor:
     """Local logits of a Hugging Face folder at ``tp``."""
-    if tp > 1:
-        parallel_state.initialize_model_parallel(tp)
-    try:
-        return from_hf(folder, **changes)(ids()).logits.detach().contiguous()
-    finally:
-        parallel_state.destroy_model_parallel()
+    with layout_if(tp > 1, tp):
+        return from_hf(folder, device=device(), **changes)(ids()).logits.detach().contiguous()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -138,11 +131,8 @@ def test_hugging_face_weights_load_at_tp_1_2_4(
 
 
 def build_and_save(tp: int, folder: Path, changes: dict[str, Any]) -> None:
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp):
         save_hf(build(**changes), folder, max_shard_bytes=30_000)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize(
@@ -174,13 +164,11 @@ def test_transformers_gives_the_logits_of_a_model_saved_at_tp_2_dp_2(tmp_path: P
 
 
 def save_where_it_cannot(folder: Path) -> str:
-    parallel_state.initialize_model_parallel(2)
     try:
-        save_hf(build(), folder)
+        with layout(2):
+            save_hf(build(), folder)
     except CheckpointError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()
     return "saved"
 
 
@@ -193,14 +181,10 @@ def test_every_rank_is_told_why_the_folder_cannot_be_written(tmp_path: Path, poo
 
 
 def sample(tp: int, sequence_parallel: bool) -> Tensor:
-    if tp > 1:
-        parallel_state.initialize_model_parallel(tp, sequence_parallel=sequence_parallel)
-    try:
+    with layout_if(tp > 1, tp, sequence_parallel=sequence_parallel):
         return generate(
             build(vocab_size=93, pad_vocab=True), ids(93, 5), 6, temperature=0.7, top_k=20, seed=3
         )
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -211,13 +195,10 @@ def test_all_ranks_sample_what_one_rank_samples(pool4: RankPool, sequence_parall
 
 
 def dropped(tp: int) -> list[Tensor]:
-    parallel_state.initialize_model_parallel(tp)
-    try:
+    with layout(tp):
         torch.manual_seed(0)
         model = build(attention_dropout=0.5, vocab_size=96)
         return [model.train()(ids()).logits.detach(), model.eval()(ids()).logits.detach()]
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def test_attention_dropout_drops_in_training_only(pool2: RankPool) -> None:
@@ -229,13 +210,11 @@ def test_attention_dropout_drops_in_training_only(pool2: RankPool) -> None:
 
 
 def build_badly(tp: int, changes: dict[str, Any], length: int) -> str:
-    parallel_state.initialize_model_parallel(tp)
     try:
-        build(**changes)(ids(length=length))
+        with layout(tp):
+            build(**changes)(ids(length=length))
     except ConfigError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()
     return "worked"
 
 
@@ -268,14 +247,11 @@ def test_what_cannot_be_cut_is_an_error_on_all_ranks(
 
 def hf_logits(folder: Path) -> Tensor:
     transformers = pytest.importorskip("transformers")
-    parallel_state.initialize_model_parallel(2)
-    try:
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        parallelize(model, HF_LLAMA_PLAN)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with layout(2):
+        parallelize(model.to(device()), HF_LLAMA_PLAN)
         logits: Tensor = model(ids()).logits.detach()
         return logits
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def test_plan_for_hugging_faces_model_keeps_its_logits(tmp_path: Path, pool2: RankPool) -> None:

@@ -15,6 +15,7 @@ from neuron_lightning.errors import ParallelStateError
 from neuron_lightning.optim import ParallelOptimizer
 from neuron_lightning.parallel import parallel_state
 from neuron_lightning.testing import RankPool
+from tests.devices import layout
 
 Rows = list[Any]
 
@@ -26,11 +27,8 @@ def value_of(rank: int) -> torch.Tensor:
 
 def on_layout(tp: int, body: str, *args: Any) -> Any:
     """Runs one of the functions below on a layout with this tensor-parallel size."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-    try:
+    with layout(tensor_model_parallel_size=tp):
         return globals()[body](*args)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def reduce_everywhere(kind: str) -> dict[str, Rows]:

@@ -14,6 +14,7 @@ from neuron_lightning.optim import ParallelOptimizer, ParamState
 from neuron_lightning.parallel import parallel_state
 from neuron_lightning.parallel.spec import ShardPart, ShardSpec, set_spec
 from neuron_lightning.testing import RankPool
+from tests.devices import layout
 
 TP = 2
 STEPS = 5
@@ -62,8 +63,7 @@ def _parameters(tp_rank: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]
 
 def _train(zero1: bool) -> tuple[dict[str, Tensor], list[float], int]:
     """Feeds each rank its own gradients; returns the weights by global name and the norms."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
-    try:
+    with layout(tensor_model_parallel_size=TP):
         tp = parallel_state.get_tensor_model_parallel_rank()
         dp = parallel_state.get_data_parallel_rank()
         fused, norm, bias = _parameters(tp)
@@ -88,8 +88,6 @@ def _train(zero1: bool) -> tuple[dict[str, Tensor], list[float], int]:
             "bias": bias.detach(),
         }
         return {k: v.clone() for k, v in weights.items()}, norms, tp
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def _reference(dp_size: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -122,13 +120,11 @@ def test_shards_train_as_the_whole(request: pytest.FixtureRequest, world: int, z
 
 
 def _refused() -> str:
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
     try:
-        ParallelOptimizer(torch.optim.Adafactor(_parameters(0)[:1]), zero1=False)
+        with layout(tensor_model_parallel_size=TP):
+            ParallelOptimizer(torch.optim.Adafactor(_parameters(0)[:1]), zero1=False)
     except OptimizerError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()
     return "accepted"
 
 
@@ -140,8 +136,7 @@ def test_an_optimizer_that_is_not_elementwise_is_refused_under_tensor_parallelis
 
 def _features(zero1: bool) -> dict[str, Any]:
     """Gradients, clipping by value, non-finite values and empty steps at dp 2."""
-    parallel_state.initialize_model_parallel()
-    try:
+    with layout():
         rank = dist.get_rank()
         params = [nn.Parameter(torch.full((100,), float(i))) for i in range(4)]
         optimizer = ParallelOptimizer(torch.optim.SGD(params, lr=1.0), zero1=zero1, bucket_bytes=600)
@@ -160,8 +155,6 @@ def _features(zero1: bool) -> dict[str, Any]:
         (params[3].sum() * (float("nan") if rank == 1 else 1.0)).backward()
         result["found_inf"] = optimizer.unscale(torch.tensor(0.5)).item()
         return result
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize("zero1", [False, True], ids=["plain", "zero1"])
@@ -186,8 +179,7 @@ def _train_from(
     saved: list[tuple[list[Tensor], list[tuple[int, int, int, Any, Any]]]] | None, zero1: bool
 ) -> Any:
     """Three steps and an export; or an import of every rank's export, cut to this layout, and three more."""
-    parallel_state.initialize_model_parallel()
-    try:
+    with layout():
         generator = torch.Generator().manual_seed(5)
         params = [nn.Parameter(torch.randn(n, generator=generator).bfloat16()) for n in (100, 7, 333)]
         if saved is not None:
@@ -207,8 +199,6 @@ def _train_from(
             (index[id(s.param)], s.start, s.stop, s.tensors, s.scalars) for s in optimizer.export_state()
         ]
         return [p.detach() for p in params], states
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def _cut(state: ParamState, params: list[nn.Parameter], saved: Any) -> ParamState:
@@ -237,13 +227,11 @@ def test_state_moves_to_another_number_of_ranks_and_between_zero1_and_plain(
 
 
 def _fails_alike() -> str:
-    parallel_state.initialize_model_parallel()
     try:
-        ParallelOptimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(3))]), zero1=True)
+        with layout():
+            ParallelOptimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(3))]), zero1=True)
     except OptimizerError as error:
         return str(error)
-    finally:
-        parallel_state.destroy_model_parallel()
     return "accepted"
 
 

@@ -161,13 +161,13 @@ def fp32_table() -> dict[str, dict[str, float]]:
     }
 
 
-def bf16_table() -> dict[str, dict[str, float]]:
+def bf16_table(steps: int = STEPS) -> dict[str, dict[str, float]]:
     """Deviations of bf16 trainings from Hugging Face in fp32."""
-    expected = train_hf(torch.float32)
+    expected = train_hf(torch.float32, steps=steps)
     return {
-        "ours, fp32 master weights": deviations(train_ours(torch.bfloat16, True), expected),
-        "ours, all bf16": deviations(train_ours(torch.bfloat16, False), expected),
-        "Hugging Face, all bf16": deviations(train_hf(torch.bfloat16), expected),
+        "ours, fp32 master weights": deviations(train_ours(torch.bfloat16, True, steps), expected),
+        "ours, all bf16": deviations(train_ours(torch.bfloat16, False, steps), expected),
+        "Hugging Face, all bf16": deviations(train_hf(torch.bfloat16, steps=steps), expected),
     }
 
 

@@ -17,7 +17,7 @@ def test_fp32_training_is_hugging_faces() -> None:
 
 
 def test_bf16_training_is_as_close_to_fp32_as_hugging_faces() -> None:
-    table = hf.bf16_table()
+    table = hf.bf16_table(steps=40)  # `make test-parity` takes all 100; some processors emulate bf16, slowly
     print(table)
     assert not hf.bf16_failures(table)
     ours = table["ours, fp32 master weights"]

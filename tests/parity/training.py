@@ -18,9 +18,10 @@ from torch import Tensor
 from neuron_lightning.checkpoint.boxes import placements, view
 from neuron_lightning.models.llama import LlamaConfig, LlamaForCausalLM
 from neuron_lightning.optim import ParallelOptimizer
-from neuron_lightning.parallel import mesh, parallel_state
+from neuron_lightning.parallel import mesh
 from neuron_lightning.parallel.initialize import deferred_init, materialize
 from neuron_lightning.testing import RankPool
+from tests.devices import default_dtype, layout_if
 from tests.parity.cells import Cell
 
 STEPS = 100
@@ -84,12 +85,8 @@ class Deviations:
 
 def train(cell: Cell, steps: int = STEPS) -> Run:
     """Trains ``cell`` on this rank; every rank of the world calls it together."""
-    if cell.world_size > 1:
-        parallel_state.initialize_model_parallel(cell.tp, sequence_parallel=cell.sp)
-    try:
+    with layout_if(cell.world_size > 1, cell.tp, sequence_parallel=cell.sp):
         return _train(cell, steps)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -113,13 +110,8 @@ def build(cell: Cell) -> LlamaForCausalLM:
         initializer_range=0.15,
         tie_word_embeddings=cell.tied,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with deferred_init():
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(torch.float64), deferred_init():
+        model = LlamaForCausalLM(config)
     materialize(model, SEED)
     return model
 
