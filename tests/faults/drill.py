@@ -192,7 +192,7 @@ def check_tidy(job: Job, folder: Path, resumed: set[int]) -> None:
     expected = set(kept if job.keep <= 0 else kept[-job.keep :])
     allowed = set() if job.auto_resume else {f"step={step}.ckpt" for step in resumed}
     if not job.ours:
-        allowed |= {path.name for step, path in committed(folder).items() if step < max(resumed)}
+        allowed |= {path.name for step, path in committed(folder).items() if step < max(resumed, default=0)}
     if names - allowed != expected - allowed:
         raise Wrong(f"left in the folder are {sorted(names)}, expected {sorted(expected)}")
 

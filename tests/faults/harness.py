@@ -42,7 +42,7 @@ VERDICTS: tuple[Verdict, ...] = ("ok", "lost", "mixed", "silent", "hang", "wrong
 DEFAULT_TIMEOUT_S = 400.0
 SOURCES = (
     "neuron_lightning/*.py",
-    *(f"neuron_lightning/{f}/*.py" for f in ("backends", "parallel", "checkpoint", "optim", "data", "lightning")),
+    *(f"neuron_lightning/{f}/**/*.py" for f in ("backends", "parallel", "checkpoint", "optim", "data", "lightning")),
 )  # fmt: skip
 """What a result depends on unless the row says otherwise."""
 
