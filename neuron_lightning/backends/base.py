@@ -26,13 +26,23 @@ class Backend(ABC):
         device_type: the ``torch.device`` type, e.g. ``cpu``.
         process_group_backend: what :func:`torch.distributed.init_process_group` is given. Its default group
             always serves CPU tensors too, so that flags and objects travel without touching the device.
+        mesh_device_type: what :class:`~torch.distributed.device_mesh.DeviceMesh` is given.
         supports_float64: whether 64-bit floating point is computed natively.
+        records_graphs: whether operators are recorded and run later, as one graph (``xla``). Then tensors that
+            share memory with others cost a copy each, and numbers that change belong into tensors.
     """
 
     name: str
     device_type: str
     process_group_backend: str
+    mesh_device_type: str
     supports_float64: bool
+    records_graphs: bool = False
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this run only collects graphs for the compiler: nothing is computed, losses mean nothing."""
+        return False
 
     # -- devices ---------------------------------------------------------------------------------------
 
@@ -55,6 +65,10 @@ class Backend(ABC):
     @abstractmethod
     def set_device(self, device: torch.device) -> None:
         """Makes ``device`` the current one of this process."""
+
+    @abstractmethod
+    def current_device(self) -> torch.device:
+        """The device that :meth:`set_device` made current."""
 
     @abstractmethod
     def empty_cache(self) -> None:
@@ -108,6 +122,9 @@ class Backend(ABC):
         calls it together.
         """
 
+    def adopt_group(self, group: dist.ProcessGroup | None, everyone: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """Hears of a group of the layout, and of the ranks of all groups of its kind. Most backends need not."""
+
     # -- steps, precision, randomness ------------------------------------------------------------------
 
     @abstractmethod
@@ -117,6 +134,10 @@ class Backend(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Waits until all work queued on the device is done."""
+
+    def scalar(self, value: float, like: Tensor) -> Tensor:
+        """``value`` as a 0-d tensor of the dtype and on the device of ``like``, never a constant of a graph."""
+        return torch.tensor(value, dtype=like.dtype, device=like.device)
 
     @abstractmethod
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:

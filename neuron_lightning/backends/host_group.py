@@ -25,3 +25,9 @@ def destroy_host_group(group: dist.ProcessGroup | None) -> None:
     if group is not None and dist.is_initialized():
         dist.destroy_process_group(group)
         time.sleep(GLOO_SETTLES_S)
+
+
+def settle_and_destroy() -> None:
+    """Destroys every process group, in such a way that the process may exit right after."""
+    dist.destroy_process_group()
+    time.sleep(GLOO_SETTLES_S)

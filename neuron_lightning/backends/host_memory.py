@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep the memory that tensors free.
+"""The memory of the host: how much a process holds, and the C library's allocator, told to keep what tensors free.
 
 A training step on the CPU frees and allocates the same hundreds of megabytes again and again. By default glibc
 hands every large block back to the kernel, which must fill the next one with zeros, page by page. Kept blocks are
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 
 _log = logging.getLogger(__name__)
 
@@ -47,3 +48,14 @@ def _tuned_by_user() -> bool:
     return "glibc.malloc." in tunables or any(
         name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     )
+
+
+def host_memory() -> dict[str, float]:
+    """Resident memory of this process in bytes, now and at its peak."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        resident_pages = int(statm.read().split()[1])
+    return {
+        "allocated": float(resident_pages * resource.getpagesize()),
+        "peak_allocated": float(usage.ru_maxrss * 1024),
+    }

@@ -5,7 +5,6 @@ The table :data:`_FACTS` is all that tells them apart; the code below it never b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neuron_lightning.backends.base import Backend
-from neuron_lightning.backends.host_group import GLOO_SETTLES_S
-from neuron_lightning.backends.host_memory import keep_freed_memory
+from neuron_lightning.backends.host_group import settle_and_destroy
+from neuron_lightning.backends.host_memory import host_memory, keep_freed_memory
 
 # Renamed in torch 2.13; the old names warn there.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,6 +77,7 @@ class NativeBackend(Backend):
         self._facts = _FACTS[device_type]
         self.name = self.device_type = device_type
         self.process_group_backend = self._facts.process_group_backend
+        self.mesh_device_type = device_type
         self.supports_float64 = self._facts.supports_float64
 
     @property
@@ -109,6 +109,9 @@ class NativeBackend(Backend):
         if not self._is_host:
             torch.accelerator.set_device_index(device.index or 0)
 
+    def current_device(self) -> torch.device:
+        return self.device(0 if self._is_host else torch.accelerator.current_device_index())
+
     def empty_cache(self) -> None:
         module = self._module
         if not self._is_host and module is not None and hasattr(module, "empty_cache"):
@@ -116,7 +119,7 @@ class NativeBackend(Backend):
 
     def memory_stats(self, device: torch.device) -> dict[str, float]:
         if self._is_host:
-            return _host_memory()
+            return host_memory()
         return {
             "allocated": float(torch.accelerator.memory_allocated(device)),
             "peak_allocated": float(torch.accelerator.max_memory_allocated(device)),
@@ -129,8 +132,7 @@ class NativeBackend(Backend):
         dist.init_process_group(self.process_group_backend, rank=rank, world_size=world_size, timeout=timeout)
 
     def destroy_process_group(self) -> None:
-        dist.destroy_process_group()
-        time.sleep(GLOO_SETTLES_S)
+        settle_and_destroy()
 
     def all_reduce(
         self,
@@ -191,15 +193,3 @@ class NativeBackend(Backend):
         host = [t.detach().to("cpu", non_blocking=True) for t in tensors]
         self.synchronize()
         return host
-
-
-def _host_memory() -> dict[str, float]:
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        resident_pages = int(statm.read().split()[1])
-    return {
-        "allocated": float(resident_pages * resource.getpagesize()),
-        "peak_allocated": float(usage.ru_maxrss * 1024),
-    }

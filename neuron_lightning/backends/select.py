@@ -37,6 +37,8 @@ def select_backend(requested: str | None = None) -> tuple[Backend, str]:
             ``NEURON_LIGHTNING_BACKEND``.
     """
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if requested == "neuron" and _cores_are_xla(from_environment):
+        requested = "xla"
     if requested and from_environment and requested != from_environment:
         raise ConfigError(
             f"the Trainer asks for accelerator {requested!r} but {ENVIRONMENT_VARIABLE}={from_environment!r}; "
@@ -47,6 +49,17 @@ def select_backend(requested: str | None = None) -> tuple[Backend, str]:
     if from_environment:
         return _named(from_environment), f"{ENVIRONMENT_VARIABLE}={from_environment}"
     return _detect()
+
+
+def _cores_are_xla(from_environment: str | None) -> bool:
+    """Whether Neuron cores are reached through torch-xla here: somebody said so, or PJRT does."""
+    if from_environment:
+        return from_environment == "xla"
+    return (
+        importlib.util.find_spec("torch_xla") is not None
+        and os.environ.get("PJRT_DEVICE", "").upper() == "NEURON"
+        and not NativeBackend("neuron").is_available()
+    )
 
 
 def use_backend(backend: Backend, reason: str) -> None:
@@ -80,19 +93,24 @@ def _named(name: str) -> Backend:
 
 
 def _make(name: str) -> Backend:
-    if name == "xla":
+    if name != "xla":
+        return NativeBackend(name)
+    if importlib.util.find_spec("torch_xla") is None:
         raise ConfigError(
-            "backend 'xla' (trn1/inf2 through torch-xla) is not part of this release; "
-            "use 'neuron' on trn2/trn3, or 'cuda' or 'cpu'."
+            "backend 'xla' (trn1 and inf2) needs torch_xla, which is not installed: "
+            "pip install 'neuron-lightning[xla]' into an environment with torch 2.9, "
+            "or use 'neuron' on trn2 and trn3, 'cuda' or 'cpu'."
         )
-    return NativeBackend(name)
+    from neuron_lightning.backends.xla import XLABackend
+
+    return XLABackend()
 
 
 def _detect() -> tuple[Backend, str]:
     neuron = NativeBackend("neuron")
     if neuron.is_available():
         return neuron, f"{neuron.device_count()} live neuron device(s)"
-    if importlib.util.find_spec("torch_xla") and os.environ.get("PJRT_DEVICE", "").upper() == "NEURON":
+    if _cores_are_xla(None):
         return _make("xla"), "torch_xla is installed and PJRT_DEVICE=NEURON"
     cuda = NativeBackend("cuda")
     if cuda.is_available():

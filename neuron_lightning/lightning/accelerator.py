@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
 
-from neuron_lightning.backends import Backend
+from neuron_lightning.backends import Backend, get_backend
 from neuron_lightning.backends.native import NativeBackend
 from neuron_lightning.errors import ConfigError
 
 NAME = "neuron"
+_DEVICE_TYPES = ("neuron", "xla")
 
 
 class NeuronXLAAccelerator(Accelerator):
@@ -24,20 +25,20 @@ class NeuronXLAAccelerator(Accelerator):
 
     def setup_device(self, device: torch.device) -> None:
         """Makes ``device`` the current one. Raises :class:`ConfigError` if it is not a Neuron device."""
-        if device.type != NAME:
+        if device.type not in _DEVICE_TYPES:
             raise ConfigError(
-                f"NeuronXLAAccelerator was given the device {str(device)!r}: it drives 'neuron' devices only; "
-                "leave accelerator='auto', or name the accelerator of that device."
+                f"NeuronXLAAccelerator was given the device {str(device)!r}: it drives 'neuron' and 'xla' devices "
+                "only; leave accelerator='auto', or name the accelerator of that device."
             )
-        NativeBackend(NAME).set_device(device)
+        _backend().set_device(device)
 
     def get_device_stats(self, device: Any) -> dict[str, Any]:
         """Memory figures in bytes, for Lightning's DeviceStatsMonitor."""
-        return NativeBackend(NAME).memory_stats(torch.device(device))
+        return _backend().memory_stats(torch.device(device))
 
     def teardown(self) -> None:
         """Returns cached device memory."""
-        NativeBackend(NAME).empty_cache()
+        _backend().empty_cache()
 
     @staticmethod
     def parse_devices(devices: Any) -> list[int]:
@@ -47,27 +48,33 @@ class NeuronXLAAccelerator(Accelerator):
             devices = parts if "," in devices else parts[0]
         if isinstance(devices, Sequence):
             return list(devices)
-        return list(range(NativeBackend(NAME).device_count() if devices == -1 else int(devices)))
+        return list(range(_backend().device_count() if devices == -1 else int(devices)))
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
         """The devices of these indices."""
-        return [NativeBackend(NAME).device(index) for index in devices]
+        return [_backend().device(index) for index in devices]
 
     @staticmethod
     def auto_device_count() -> int:
         """Number of Neuron devices that this process sees."""
-        return NativeBackend(NAME).device_count()
+        return _backend().device_count()
 
     @staticmethod
     def is_available() -> bool:
-        """Whether torch has a live ``neuron`` device."""
-        return NativeBackend(NAME).is_available()
+        """Whether there are Neuron cores that work, natively or through torch-xla."""
+        return _backend().is_available()
 
     @staticmethod
     def name() -> str:
         """``neuron``."""
         return NAME
+
+
+def _backend() -> Backend:
+    """The backend in use if it drives Neuron cores, else the native one."""
+    backend = get_backend()
+    return backend if backend.device_type in _DEVICE_TYPES else NativeBackend(NAME)
 
 
 def accelerator_for(backend: Backend) -> Accelerator:
@@ -85,11 +92,11 @@ def backend_name(accelerator: str | Accelerator) -> str | None:
     Raises:
         ConfigError: an accelerator that no backend drives.
     """
-    names = {"auto": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", NAME: NAME}
+    names = {"auto": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "xla": "xla", NAME: NAME}
     name = accelerator if isinstance(accelerator, str) else accelerator.name()
     if name not in names:
         raise ConfigError(
-            f"NeuronXLAStrategy cannot run on accelerator {name!r}: it runs on neuron, cuda and cpu; "
+            f"NeuronXLAStrategy cannot run on accelerator {name!r}: it runs on neuron, xla, cuda and cpu; "
             "leave accelerator='auto' or name one of these."
         )
     return names[name]

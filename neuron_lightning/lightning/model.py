@@ -52,7 +52,7 @@ def initialize_parallel_model(
             f"model_fn must return a torch.nn.Module, but {name} returned {type(model).__name__}; "
             "pass the model's class or a function that ends in `return model`."
         )
-    device = _device()
+    device = get_backend().current_device()
     fill = init.param_init_fn
     fill_module = None if fill is None else lambda module: fill(module, torch.device("cpu"))
     names = materialize(
@@ -66,12 +66,3 @@ def initialize_parallel_model(
         object.__setattr__(model, "module", model)  # not registered: no new names, no cycle for torch
     built: nn.Module = model
     return built
-
-
-def _device() -> torch.device:
-    current = None if get_backend().name == "cpu" else torch.accelerator.current_accelerator()
-    return (
-        torch.device("cpu")
-        if current is None
-        else torch.device(current.type, torch.accelerator.current_device_index())
-    )

@@ -1,13 +1,19 @@
-"""From parameters and a mesh to flat buckets and their reducer."""
+"""From parameters and a mesh to buckets and their reducer."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
+from neuron_lightning.optim.bucket import NARROW, Bucket
 from neuron_lightning.optim.buckets import check_spec, plan_buckets, runs_of
-from neuron_lightning.optim.flat import NARROW, FlatBucket
+from neuron_lightning.optim.flat import FlatBucket
+from neuron_lightning.optim.recorded import SliceBucket, WholeBucket
 from neuron_lightning.optim.reduce import Reducer
 from neuron_lightning.parallel.mesh import Mesh
 from neuron_lightning.parallel.spec import get_spec, row_numel
@@ -15,55 +21,68 @@ from neuron_lightning.parallel.spec import get_spec, row_numel
 
 def make_buckets(
     params: list[nn.Parameter],
+    groups: Sequence[Mapping[str, Any]],
     mesh: Mesh,
     *,
     sharded: bool,
     master_weights: bool,
     fp32_grad_accumulation: bool,
     bucket_bytes: int,
-) -> list[FlatBucket]:
-    """Moves ``params`` into buckets, one list of them for each dtype and device, in order."""
-    buckets = []
-    for dtype, device in dict.fromkeys((p.dtype, p.device) for p in params):
-        narrow = dtype in NARROW
-        accumulation = torch.float32 if narrow and fp32_grad_accumulation else dtype
-        layouts = plan_buckets(
-            [p.numel() if (p.dtype, p.device) == (dtype, device) else 0 for p in params],
-            max_numel=max(1, bucket_bytes // accumulation.itemsize),
-            num_slices=mesh.sizes["dp"] if sharded else 1,
-        )
-        buckets += [
-            FlatBucket(
-                layout,
-                params,
-                accumulation_dtype=accumulation,
-                rank=mesh.coordinates["dp"] if sharded else 0,
-                master=narrow and master_weights,
-                whole=not sharded,
-            )
-            for layout in layouts
+) -> list[Bucket]:
+    """Puts ``params`` into buckets, in order: one list of them for each dtype and device.
+
+    Where graphs are recorded and the update is spread over ranks, also one for each parameter group and
+    tensor-parallel treatment: a slice is updated as one tensor there.
+
+    Raises:
+        OptimizerError: a shard specification that does not cover its parameter.
+    """
+    ranks, rank = (mesh.sizes["dp"], mesh.coordinates["dp"]) if sharded else (1, 0)
+    recorded = get_backend().records_graphs
+    specs = [(get_spec(p, mesh.sizes["tp"]), row_numel(p)) for p in params]
+    for param, (spec, row) in zip(params, specs, strict=True):
+        check_spec(spec, param.shape, row)
+    keys: list[tuple[Any, ...]] = [(p.dtype, p.device) for p in params]
+    if recorded and ranks > 1:
+        numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        treatments = [
+            tuple(dict.fromkeys((part.replicas, part.grad_ranks) for part in s.parts)) for s, _ in specs
         ]
+        keys = [(*key, numbers[id(p)], t) for key, p, t in zip(keys, params, treatments, strict=True)]
+    buckets: list[Bucket] = []
+    for key in dict.fromkeys(keys):
+        narrow = key[0] in NARROW
+        accumulation = torch.float32 if narrow and fp32_grad_accumulation else key[0]
+        layouts = plan_buckets(
+            [p.numel() if mine == key else 0 for p, mine in zip(params, keys, strict=True)],
+            max_numel=max(1, bucket_bytes // accumulation.itemsize),
+            num_slices=ranks,
+        )
+        for layout in layouts:
+            runs = runs_of(layout.pieces(rank), specs)
+            options: dict[str, Any] = {
+                "accumulation_dtype": accumulation,
+                "master": narrow and master_weights,
+            }
+            if not recorded:
+                buckets.append(FlatBucket(layout, params, runs, rank=rank, whole=not sharded, **options))
+            elif ranks > 1:
+                buckets.append(SliceBucket(layout, params, runs, rank=rank, **options))
+            else:
+                buckets.append(WholeBucket(layout, params, runs, **options))
     return buckets
 
 
 def make_reducer(
-    params: list[nn.Parameter], buckets: list[FlatBucket], mesh: Mesh, *, sharded: bool
+    params: list[nn.Parameter], buckets: Sequence[Bucket], mesh: Mesh, *, sharded: bool
 ) -> Reducer:
-    """Reads from the specs of ``params`` what is still partial and what is held more than once.
+    """Reads from the specs of ``params`` over which ranks gradients are still partial.
 
     Every rank calls it together.
     """
-    specs = [(get_spec(p, mesh.sizes["tp"]), row_numel(p)) for p in params]
-    for param, (spec, row) in zip(params, specs, strict=True):
-        check_spec(spec, param.shape, row)
-    sizes = {part.grad_ranks for spec, _ in specs for part in spec.parts if part.grad_ranks > 1}
-    return Reducer(
-        mesh,
-        buckets,
-        [runs_of([piece.where for piece in bucket.pieces], specs) for bucket in buckets],
-        subgroup_sizes=sorted(sizes),
-        sharded=sharded,
-    )
+    specs = [get_spec(p, mesh.sizes["tp"]) for p in params]
+    sizes = {part.grad_ranks for spec in specs for part in spec.parts if part.grad_ranks > 1}
+    return Reducer(mesh, buckets, subgroup_sizes=sorted(sizes), sharded=sharded)
 
 
 def check_params(params: list[nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ wrapper holds nothing but this engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
+from neuron_lightning.optim.bucket import Bucket, Unit
+from neuron_lightning.optim.buckets import Piece
 from neuron_lightning.optim.build import check_params, make_buckets, make_reducer
-from neuron_lightning.optim.flat import FlatBucket, OwnPiece
 from neuron_lightning.optim.inner import InnerOptimizer, can_fuse, needs_closure
 from neuron_lightning.optim.norm import clip_coefficient
 from neuron_lightning.optim.probe import examine, require_elementwise
@@ -26,14 +28,15 @@ from neuron_lightning.optim.state import (
     adopt_state,
     check_length,
     export_piece,
-    import_piece,
+    fill,
+    import_unit,
 )
 from neuron_lightning.optim.window import Phase, Window
 from neuron_lightning.parallel import mesh as meshes
 
 
 class Engine:
-    """Flat storage, accumulation window, reduction and the inner optimizer of one wrapped optimizer.
+    """Storage, accumulation window, reduction and the inner optimizer of one wrapped optimizer.
 
     Args:
         outer: the user's instance.
@@ -69,6 +72,7 @@ class Engine:
             require_elementwise(outer, self.traits, zero1=zero1)
         self.buckets = make_buckets(
             self.params,
+            outer.param_groups,
             self.mesh,
             sharded=zero1,
             master_weights=master_weights,
@@ -121,7 +125,8 @@ class Engine:
         """Limits every element of the reduced gradients to ``[-clip_value, clip_value]``."""
         self.norm()
         for bucket in self.buckets:
-            bucket.own_grads.clamp_(-clip_value, clip_value)
+            for grads in bucket.reduced():
+                grads.clamp_(-clip_value, clip_value)
         self._clipped = True
 
     @torch.no_grad()
@@ -149,9 +154,11 @@ class Engine:
         if not self.zero1:
             return view.clone()
         flat = torch.zeros(param.numel(), dtype=view.dtype, device=view.device)
-        for piece in self.pieces():
-            if piece.where.param == index:
-                flat[piece.where.start : piece.where.stop] = piece.grad
+        for bucket in self.buckets:
+            for unit in bucket.units:
+                for piece in unit.pieces:
+                    if piece.param == index:
+                        flat[piece.start : piece.stop] = bucket.reduced_piece(piece)
         return self._reducer.sum_over_replicas(flat).view(param.shape)
 
     def zero_grad(self, set_to_none: bool) -> None:
@@ -183,7 +190,7 @@ class Engine:
     def reload_master_weights(self) -> None:
         """Takes the fp32 copies from the weights again."""
         for bucket in self.buckets:
-            bucket.reload_master()
+            bucket.reload()
 
     def _prepare(self) -> None:
         """Reduced, clipped gradients, whoever has or has not asked for them."""
@@ -203,26 +210,13 @@ class Engine:
             if work is not None:
                 work.wait()
 
-    def _attach(self, buckets: list[FlatBucket]) -> set[int]:
+    def _attach(self, buckets: list[Bucket]) -> set[int]:
         """Gives the optimizer's tensors their gradients; returns the ``id`` of those that have one."""
-        attached = set()
-        for bucket in buckets:
-            casted = None
-            for piece in bucket.pieces:
-                if not self._window.received[piece.where.param]:
-                    continue
-                grad = piece.grad
-                if grad.dtype != piece.tensor.dtype:
-                    casted = bucket.own_grads.to(piece.tensor.dtype) if casted is None else casted
-                    grad = bucket.within_slice(casted, piece.where).view(grad.shape)
-                piece.tensor.grad = grad
-                attached.add(id(piece.tensor))
-        return attached
+        return {tensor for bucket in buckets for tensor in bucket.attach(self._window.received)}
 
-    def _finish(self, buckets: list[FlatBucket]) -> list[dist.Work | None]:
+    def _finish(self, buckets: list[Bucket]) -> list[dist.Work | None]:
         for bucket in buckets:
-            for piece in bucket.pieces:
-                piece.tensor.grad = None
+            bucket.detach()
             bucket.publish()
         return [self._reducer.gather_weights(bucket) for bucket in buckets]
 
@@ -239,7 +233,8 @@ class Engine:
 
     def _scale(self, factor: Tensor) -> None:
         for bucket in self.buckets:
-            bucket.own_grads.mul_(factor)
+            for grads in bucket.reduced():
+                grads.mul_(factor)
 
     # -- state -------------------------------------------------------------------------------------------
 
@@ -248,57 +243,87 @@ class Engine:
         """State of the inner optimizer, keyed by its tensors."""
         return self._inner.optimizer.state
 
-    def pieces(self) -> list[OwnPiece]:
+    def units(self) -> list[Unit]:
         """What this rank updates, by bucket and offset."""
-        return [piece for bucket in self.buckets for piece in bucket.pieces]
+        return [unit for bucket in self.buckets for unit in bucket.units]
 
-    def export_state(self) -> list[ParamState]:
-        """State of every piece that this rank updates."""
+    def held_tensors(self) -> list[Tensor]:
+        """The device tensors that :meth:`export_state` reads."""
+        held = [bucket_unit.tensor for bucket_unit in self.units()]
+        return held + [
+            v for entries in self.state.values() for v in entries.values() if isinstance(v, Tensor)
+        ]
+
+    def export_state(self, copies: Mapping[int, Tensor]) -> list[ParamState]:
+        """State of every piece that this rank updates; by ``id`` of the live tensor, copies to read instead."""
         states = []
         for bucket in self.buckets:
-            for piece in bucket.pieces:
-                param = self.params[piece.where.param]
-                state = export_piece(piece, param, self.state.get(piece.tensor, {}), self.traits)
-                if bucket.master is not None:
-                    state.tensors[MASTER] = piece.tensor.detach().reshape(-1)
-                states.append(state)
+            for unit in bucket.units:
+                entries = {k: copies.get(id(v), v) for k, v in self.state.get(unit.tensor, {}).items()}
+                updated = copies.get(id(unit.tensor), unit.tensor).detach()
+                for piece in unit.pieces:
+                    state = export_piece(unit, piece, self.params[piece.param], entries, self.traits)
+                    if bucket.has_master:
+                        state.tensors[MASTER] = unit.cut(updated, piece)
+                    states.append(state)
         return states
 
     @torch.no_grad()
     def import_state(self, states: list[ParamState]) -> None:
         """Replaces the state of the given pieces."""
-        pieces = {
-            (id(self.params[p.where.param]), p.where.start, p.where.stop): (p, bucket.master is not None)
-            for bucket in self.buckets
-            for p in bucket.pieces
+        places = {
+            (id(self.params[piece.param]), piece.start, piece.stop): (number, piece)
+            for number, unit in enumerate(self.units())
+            for piece in unit.pieces
         }
-        groups = {id(p): group for group in self._inner.optimizer.param_groups for p in group["params"]}
+        by_unit: dict[int, dict[Piece, ParamState]] = {}
         for given in states:
-            found = pieces.get((id(given.param), given.start, given.stop))
-            if found is None:
+            place = places.get((id(given.param), given.start, given.stop))
+            if place is None:
                 raise OptimizerError(
                     f"optimizer state for the elements [{given.start}, {given.stop}) of a parameter of shape "
                     f"{tuple(given.param.shape)} {given.name!r} is not a piece that this rank updates; cut it to "
                     "the ranges that export_state() returns."
                 )
-            piece, has_master = found
-            self.state[piece.tensor] = import_piece(piece, given, groups[id(piece.tensor)], self.traits)
-            if has_master and MASTER in given.tensors:
-                check_length(MASTER, given.tensors[MASTER], given)
-                piece.tensor.copy_(given.tensors[MASTER].reshape(piece.tensor.shape))
+            by_unit.setdefault(place[0], {})[place[1]] = given
+        groups = {id(p): group for group in self._inner.optimizer.param_groups for p in group["params"]}
+        masters = [bucket.has_master for bucket in self.buckets for _ in bucket.units]
+        units = self.units()
+        for number, parts in by_unit.items():
+            unit = units[number]
+            present = self.state.get(unit.tensor, {})
+            self.state[unit.tensor] = import_unit(unit, parts, present, groups[id(unit.tensor)], self.traits)
+            saved = {piece: one.tensors[MASTER] for piece, one in parts.items() if MASTER in one.tensors}
+            if masters[number] and saved:
+                for piece, value in saved.items():
+                    check_length(MASTER, value, parts[piece])
+                fill(unit, saved)
 
     # -- construction ------------------------------------------------------------------------------------
 
     def _make_inner(self) -> InnerOptimizer:
-        by_param: dict[int, list[Tensor]] = {}
-        for piece in self.pieces():
-            by_param.setdefault(id(self.params[piece.where.param]), []).append(piece.tensor)
-        members = [
-            [t for p in group["params"] for t in by_param.get(id(p), [])] for group in self.outer.param_groups
-        ]
-        kinds = {(bucket.weights.device, bucket.update_dtype) for bucket in self.buckets}
-        inner = InnerOptimizer(self.outer, members, fused=can_fuse(self.outer, kinds))
-        adopt_state(self.outer, inner.optimizer, [(self.params[p.where.param], p) for p in self.pieces()])
+        # A unit of several parameters holds such of one group only.
+        groups = {
+            id(p): number for number, group in enumerate(self.outer.param_groups) for p in group["params"]
+        }
+        members: list[list[Tensor]] = [[] for _ in self.outer.param_groups]
+        by_param = sorted(
+            (
+                (bucket.layout.slots[0].param if not unit.pieces else unit.pieces[0].param, unit)
+                for bucket in self.buckets
+                for unit in bucket.units
+            ),
+            key=lambda found: found[0],
+        )
+        for index, unit in by_param:
+            members[groups[id(self.params[index])]].append(unit.tensor)
+        kinds = {(bucket.device, bucket.update_dtype) for bucket in self.buckets}
+        backend = get_backend()
+        if backend.records_graphs:
+            inner = InnerOptimizer(self.outer, members, as_data=backend.scalar)
+        else:
+            inner = InnerOptimizer(self.outer, members, fused=can_fuse(self.outer, kinds))
+        adopt_state(self.outer, inner.optimizer, self.units(), self.params)
         return inner
 
     def _check(self) -> None:

@@ -1,36 +1,20 @@
-"""The tensors of one bucket: weights, gradients, and the slice of them that this rank updates."""
+"""Buckets in flat memory: weights and gradients are views of two buffers, nothing is copied to reduce or update."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from neuron_lightning.backends import Backend
 from neuron_lightning.errors import OptimizerError
-from neuron_lightning.optim.buckets import BucketLayout, Piece
-
-NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes that master weights and fp32 accumulation are for."""
+from neuron_lightning.optim.bucket import Bucket, Unit
+from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
 
 
-class OwnPiece:
-    """A piece of a parameter that this rank updates.
-
-    Attributes:
-        where: which elements of which parameter.
-        tensor: what the optimizer updates: a view of the master copy or of the weights, 1-D; the parameter
-            itself, or a view in its shape, where every rank updates whole parameters.
-        grad: the reduced gradient of those elements, in the accumulation dtype, in the shape of ``tensor``.
-    """
-
-    __slots__ = ("grad", "tensor", "where")
-
-    def __init__(self, where: Piece, tensor: Tensor, grad: Tensor) -> None:
-        self.where = where
-        self.tensor = tensor
-        self.grad = grad
-
-
-class FlatBucket:
+class FlatBucket(Bucket):
     """Flat storage for a run of parameters of one dtype on one device.
 
     On construction the data of each parameter moves into :attr:`weights`, bit for bit; the Parameter objects
@@ -39,10 +23,11 @@ class FlatBucket:
     Args:
         layout: which parameter lies where; ``layout.num_slices`` is the number of ranks that share the update.
         params: all distinct parameters of the optimizer; the layout's indices count in this list.
+        runs: how tensor parallelism treats the elements of this rank's slice.
         accumulation_dtype: dtype of the gradients.
         rank: the slice that this rank updates.
         master: keep an fp32 copy of that slice.
-        whole: pieces are whole parameters in their own shape (one slice), for optimizers that need it.
+        whole: units are whole parameters in their own shape (one slice), for optimizers that need it.
 
     Attributes:
         weights: (size,) in the parameters' dtype.
@@ -50,13 +35,13 @@ class FlatBucket:
         own_weights: (size / num_slices,) this rank's slice of ``weights``.
         own_grads: (size / num_slices,) this rank's slice of ``grads``.
         master: (size / num_slices,) fp32, or None.
-        pieces: the pieces of that slice.
     """
 
     def __init__(
         self,
         layout: BucketLayout,
         params: list[nn.Parameter],
+        runs: Sequence[Run],
         *,
         accumulation_dtype: torch.dtype,
         rank: int,
@@ -74,28 +59,83 @@ class FlatBucket:
         self._low = low
         self.own_weights, self.own_grads = self.weights[low:high], self.grads[low:high]
         self.master = self.own_weights.float() if master else None
-        self.pieces = [self._own_piece(piece, params[piece.param], whole) for piece in layout.pieces(rank)]
+        self.has_master = master
+        pieces = layout.pieces(rank)
+        self.units = [Unit(self._tensor(piece, params[piece.param], whole), (piece,)) for piece in pieces]
+        self._unit_grads = [
+            self.reduced_piece(piece).view(unit.tensor.shape)
+            for unit, piece in zip(self.units, pieces, strict=True)
+        ]
+        self._terms = [(self.grads[run.start : run.stop], run) for run in runs]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return self.grads.dtype
 
     @property
     def update_dtype(self) -> torch.dtype:
-        """Dtype that the optimizer computes in."""
         return self.weights.dtype if self.master is None else self.master.dtype
 
     def grad_view(self, index: int) -> Tensor:
-        """Where the gradient of parameter ``index`` accumulates, in the parameter's shape."""
         return self._views[index][2]
 
-    def within_slice(self, flat: Tensor, piece: Piece) -> Tensor:
-        """The part of ``flat``, which stands for this rank's slice, that belongs to ``piece``."""
-        begin = piece.offset - self._low
-        return flat[begin : begin + piece.stop - piece.start]
+    def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
+        if replicas == 1:
+            return
+        half = self.grads.dtype == torch.float16
+        if half:
+            self.grads.mul_(1.0 / replicas)  # first, because a sum over many ranks leaves fp16's range
+        if self.layout.num_slices > 1:
+            backend.reduce_scatter(self.own_grads, self.grads, group)
+        else:
+            backend.all_reduce(self.grads, group)
+        if not half:
+            self.own_grads.mul_(1.0 / replicas)
+
+    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
+        return ((run.grad_ranks, part) for part, run in self._terms if run.grad_ranks > 1)
+
+    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
+        return ((part, 1.0 / run.replicas) for part, run in self._terms)
+
+    def reduced(self) -> list[Tensor]:
+        return [self.own_grads]
+
+    def reduced_piece(self, piece: Piece) -> Tensor:
+        return self._within_slice(self.own_grads, piece)
+
+    def attach(self, received: Sequence[bool]) -> set[int]:
+        attached = set()
+        casted = None
+        for unit, grad in zip(self.units, self._unit_grads, strict=True):
+            (piece,) = unit.pieces
+            if not received[piece.param]:
+                continue
+            if grad.dtype != unit.tensor.dtype:
+                casted = self.own_grads.to(unit.tensor.dtype) if casted is None else casted
+                grad = self._within_slice(casted, piece).view(grad.shape)
+            unit.tensor.grad = grad
+            attached.add(id(unit.tensor))
+        return attached
+
+    def publish(self) -> None:
+        if self.master is not None:
+            self.own_weights.copy_(self.master)
+
+    def gather(self, backend: Backend, group: dist.ProcessGroup | None) -> dist.Work | None:
+        if self.layout.num_slices == 1:
+            return None
+        return backend.all_gather(self.weights, self.own_weights, group, async_op=True)
+
+    def reload(self) -> None:
+        if self.master is not None:
+            self.master.copy_(self.own_weights)
 
     def check_attached(self) -> None:
-        """Checks that the parameters still live in this bucket.
-
-        Raises:
-            OptimizerError: somebody replaced the data of one.
-        """
         for index, (param, weight, _) in self._views.items():
             if param.data_ptr() != weight.data_ptr():
                 raise OptimizerError(
@@ -105,16 +145,6 @@ class FlatBucket:
                     "reload_master_weights(); move or cast the module before the optimizer is wrapped."
                 )
 
-    def reload_master(self) -> None:
-        """Takes the master copy from the weights again."""
-        if self.master is not None:
-            self.master.copy_(self.own_weights)
-
-    def publish(self) -> None:
-        """Casts the updated master copy into this rank's slice of the weights."""
-        if self.master is not None:
-            self.own_weights.copy_(self.master)
-
     def _move_in(self, param: nn.Parameter, offset: int) -> tuple[Tensor, Tensor]:
         """Makes the data of ``param`` a view of the bucket; returns its weight and gradient views."""
         weight = self.weights[offset : offset + param.numel()].view(param.shape)
@@ -122,11 +152,12 @@ class FlatBucket:
         param.data = weight
         return weight, self.grads[offset : offset + param.numel()].view(param.shape)
 
-    def _own_piece(self, piece: Piece, param: nn.Parameter, whole: bool) -> OwnPiece:
-        grad = self.within_slice(self.own_grads, piece)
+    def _tensor(self, piece: Piece, param: nn.Parameter, whole: bool) -> Tensor:
         if whole and self.master is None:
-            return OwnPiece(piece, param, grad.view(param.shape))
-        tensor = self.within_slice(self.own_weights if self.master is None else self.master, piece)
-        if whole:
-            return OwnPiece(piece, tensor.view(param.shape), grad.view(param.shape))
-        return OwnPiece(piece, tensor, grad)
+            return param
+        tensor = self._within_slice(self.own_weights if self.master is None else self.master, piece)
+        return tensor.view(param.shape) if whole else tensor
+
+    def _within_slice(self, flat: Tensor, piece: Piece) -> Tensor:
+        begin = piece.offset - self._low
+        return flat[begin : begin + piece.stop - piece.start]

@@ -28,6 +28,7 @@ FAILURES = (
 """What an optimizer class raises when it is given tensors that it is not made for."""
 
 Groups = list[dict[str, Any]]
+AsData = Callable[[float, Tensor], Tensor]
 
 
 class InnerOptimizer:
@@ -37,32 +38,58 @@ class InnerOptimizer:
         outer: the user's instance.
         members: for each of its groups the tensors that stand for the group's parameters.
         fused: run the fused implementation although the user left the choice open.
+        as_data: where graphs are recorded: makes a number a tensor on the device of another. Learning rates are then
+            given as tensors, and the implementation is chosen that keeps its step count on the device.
 
     Attributes:
         optimizer: the twin; its ``state`` is keyed by the members.
     """
 
-    def __init__(self, outer: Optimizer, members: Sequence[list[Tensor]], *, fused: bool = False) -> None:
+    def __init__(
+        self,
+        outer: Optimizer,
+        members: Sequence[list[Tensor]],
+        *,
+        fused: bool = False,
+        as_data: AsData | None = None,
+    ) -> None:
         self._outer = outer
         self._overrides: dict[str, Any] = {"fused": True} if fused else {}
+        self._as_data = as_data
+        self._rates: list[tuple[float, Tensor] | None] = [None] * len(members)
         groups = [
             {**group, **self._overrides, "params": list(tensors)}
             for group, tensors in zip(outer.param_groups, members, strict=True)
         ]
+        if as_data is not None and any(members):
+            self._overrides = recordable(outer, next(m[0] for m in members if m), as_data)
+            groups = [{**group, **self._overrides} for group in groups]
+        self._keeps = set(self._overrides) | {"params"}
         self.optimizer = twin(outer, groups)
         self._groups = self.optimizer.param_groups
 
     def pull(self) -> None:
         """Takes every hyper-parameter from the user's groups."""
-        for theirs, ours in zip(self._outer.param_groups, self._groups, strict=True):
-            ours.update((k, v) for k, v in theirs.items() if k != "params" and k not in self._overrides)
+        for number, (theirs, ours) in enumerate(zip(self._outer.param_groups, self._groups, strict=True)):
+            ours.update((k, v) for k, v in theirs.items() if k not in self._keeps)
+            if "lr" in self._overrides and ours["params"]:
+                ours["lr"] = self._rate(number, theirs["lr"], ours["params"][0])
 
     def push(self) -> None:
         """Gives back the group entries that the step itself has changed (a step counter, an estimate)."""
         for theirs, ours in zip(self._outer.param_groups, self._groups, strict=True):
             for key, value in ours.items():
-                if key != "params" and key not in self._overrides and theirs.get(key) is not value:
+                if key not in self._keeps and theirs.get(key) is not value:
                     theirs[key] = value
+
+    def _rate(self, number: int, value: Any, like: Tensor) -> Any:
+        """A group's learning rate on the device; the same tensor for as long as it stays the same."""
+        if isinstance(value, Tensor) or self._as_data is None:
+            return value
+        known = self._rates[number]
+        if known is None or known[0] != value:
+            known = self._rates[number] = (value, self._as_data(value, like))
+        return known[1]
 
     def step(self, only: set[int] | None = None, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the members that have a gradient.
@@ -138,6 +165,33 @@ def _fuses(outer: Optimizer, device: torch.device, dtype: torch.dtype) -> bool:
         for tensor in (early, late):
             tensor.grad = torch.zeros_like(tensor)
             plain_step(optimizer)
+    except FAILURES:
+        return False
+    return True
+
+
+def recordable(outer: Optimizer, like: Tensor, as_data: AsData) -> dict[str, Any]:
+    """The group entries with which a step records the same graph whatever the learning rate and the step count are.
+
+    What a class can do is tried: a learning rate that is a tensor on the device, with ``capturable`` if it has that.
+    Where it cannot, the number stays in the graph, and some of its values cost a compilation each.
+    """
+    group = outer.param_groups[0]
+    plain: dict[str, Any] = {name: False for name in ("foreach", "fused") if name in group}
+    if "capturable" in group:
+        plain["capturable"] = True
+    for overrides in ({**plain, "lr": as_data(0.5, like)}, plain):
+        if ("lr" in group or "lr" not in overrides) and _runs(outer, like, overrides):
+            return overrides
+    return dict.fromkeys(plain, False)
+
+
+def _runs(outer: Optimizer, like: Tensor, overrides: dict[str, Any]) -> bool:
+    tensor = torch.zeros(1, dtype=like.dtype, device=like.device)
+    group = {**outer.param_groups[0], **overrides, "params": [tensor]}
+    tensor.grad = torch.zeros_like(tensor)
+    try:
+        plain_step(twin(outer, [group]))
     except FAILURES:
         return False
     return True

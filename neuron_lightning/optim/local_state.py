@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from neuron_lightning.errors import OptimizerError
+from neuron_lightning.optim.bucket import Unit
 from neuron_lightning.optim.engine import Engine
 from neuron_lightning.optim.state import MASTER
 
@@ -16,12 +17,12 @@ def local_state(engine: Engine) -> dict[str, Any]:
     numbers = {id(p): i for i, p in enumerate(p for g in engine.outer.param_groups for p in g["params"])}
     state: dict[int, dict[str, Any]] = {}
     for bucket in engine.buckets:
-        for piece in bucket.pieces:
-            entries = dict(engine.state.get(piece.tensor, {}))
-            if bucket.master is not None:
-                entries[MASTER] = piece.tensor.detach()
+        for unit in bucket.units:
+            entries = dict(engine.state.get(unit.tensor, {}))
+            if bucket.has_master:
+                entries[MASTER] = unit.tensor.detach()
             if entries:
-                state[numbers[id(engine.params[piece.where.param])]] = entries
+                state[_number(engine, unit, numbers)] = entries
     groups = [
         {
             **{k: v for k, v in group.items() if k != "params"},
@@ -55,12 +56,17 @@ def load_local_state(engine: Engine, state_dict: dict[str, Any]) -> None:
         group.update({k: v for k, v in given.items() if k != "params"})
     numbers = {id(p): i for i, p in enumerate(p for g in engine.outer.param_groups for p in g["params"])}
     for bucket in engine.buckets:
-        for piece in bucket.pieces:
-            entries = dict(state_dict["state"].get(numbers[id(engine.params[piece.where.param])], {}))
+        for unit in bucket.units:
+            entries = dict(state_dict["state"].get(_number(engine, unit, numbers), {}))
             master = entries.pop(MASTER, None)
             if master is not None:
-                piece.tensor.data.copy_(master)
-            engine.state[piece.tensor] = {k: _copy(v) for k, v in entries.items()}
+                unit.tensor.data.copy_(master)
+            engine.state[unit.tensor] = {k: _copy(v) for k, v in entries.items()}
+
+
+def _number(engine: Engine, unit: Unit, numbers: dict[int, int]) -> int:
+    """What stands for a unit in torch's state dicts: the number of its first parameter."""
+    return numbers[id(engine.params[unit.pieces[0].param])] if unit.pieces else -1
 
 
 def _copy(value: Any) -> Any:
@@ -72,7 +78,7 @@ def _layout(engine: Engine) -> dict[str, Any]:
         "zero1": engine.zero1,
         "sizes": dict(engine.mesh.sizes),
         "coordinates": dict(engine.mesh.coordinates),
-        "pieces": [[p.where.param, p.where.start, p.where.stop] for p in engine.pieces()],
+        "pieces": [[p.param, p.start, p.stop] for unit in engine.units() for p in unit.pieces],
     }
 
 

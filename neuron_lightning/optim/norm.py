@@ -1,8 +1,8 @@
-"""The global norm of gradients that lie in flat slices, each element counted once."""
+"""The global norm of gradients that lie in flat tensors, each element counted once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,18 +12,17 @@ _CHUNK = 2048
 single accumulator swallows small terms; over chunks it is right to 1e-7 at the same speed."""
 
 
-def weighted_square_sum(slices: Sequence[Tensor], weights: Sequence[float], total: Tensor) -> Tensor:
+def weighted_square_sum(terms: Iterable[tuple[Tensor, float]], total: Tensor) -> Tensor:
     """Sum of ``weight * sum(x ** 2)`` over 1-D tensors, without a host synchronisation.
 
     Args:
-        slices: 1-D tensors on one device or several; any floating dtype.
-        weights: one factor for each.
+        terms: 1-D tensors on one device or several, of any floating dtype, each with its factor.
         total: 0-d tensor to start from; it decides dtype and device of the result.
 
     Returns:
         0-d. What is narrower than float32 is computed in float32.
     """
-    for chunk, weight in zip(slices, weights, strict=True):
+    for chunk, weight in terms:
         total = total + _square_sum(chunk).to(total) * weight
     return total
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -199,9 +199,17 @@ class ParallelOptimizer(Optimizer):
         """To be called after weights were changed in place, e.g. loaded: takes fp32 copies from them again."""
         self._engine.reload_master_weights()
 
-    def export_state(self) -> list[ParamState]:
-        """The state of every piece that this rank updates (for the ranges alone, before the first step)."""
-        return self._engine.export_state()
+    def held_tensors(self) -> list[Tensor]:
+        """The device tensors that :meth:`export_state` reads, for who fetches them all at once."""
+        return self._engine.held_tensors()
+
+    def export_state(self, copies: Mapping[int, Tensor] | None = None) -> list[ParamState]:
+        """The state of every piece that this rank updates (for the ranges alone, before the first step).
+
+        Args:
+            copies: host copies of :meth:`held_tensors`, by ``id`` of the tensor, to read in their place.
+        """
+        return self._engine.export_state(copies or {})
 
     def import_state(self, states: list[ParamState]) -> None:
         """Replaces the state of the given pieces; their ranges are those of :meth:`export_state`.

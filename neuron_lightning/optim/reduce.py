@@ -1,8 +1,9 @@
-"""Reduction of flat gradients over the data- and tensor-parallel groups."""
+"""Reduction of gradients over the data- and tensor-parallel groups."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -10,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neuron_lightning.backends import get_backend
-from neuron_lightning.optim.buckets import Run
-from neuron_lightning.optim.flat import FlatBucket
+from neuron_lightning.optim.bucket import Bucket
 from neuron_lightning.optim.norm import weighted_square_sum
 from neuron_lightning.parallel.mesh import Mesh
 
@@ -21,8 +21,7 @@ class Reducer:
 
     Args:
         mesh: the layout.
-        buckets: the flat storage.
-        runs: for each bucket, how tensor parallelism treats the elements of this rank's slice.
+        buckets: the storage.
         subgroup_sizes: every ``grad_ranks`` above 1 that occurs in the model, the same list on every rank.
         sharded: slices are spread over data-parallel ranks (ZeRO-1), not held whole by each.
 
@@ -30,13 +29,7 @@ class Reducer:
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        buckets: list[FlatBucket],
-        runs: list[list[Run]],
-        *,
-        subgroup_sizes: list[int],
-        sharded: bool,
+        self, mesh: Mesh, buckets: Sequence[Bucket], *, subgroup_sizes: list[int], sharded: bool
     ) -> None:
         self.num_replicas = mesh.sizes["dp"]
         self._mesh = mesh
@@ -44,11 +37,6 @@ class Reducer:
         self._sharded = sharded
         self._backend = get_backend()
         self._groups = {size: mesh.tensor_subgroup(size) for size in subgroup_sizes}
-        self._partial: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-        self._norm_slices: list[Tensor] = []
-        self._norm_weights: list[float] = []
-        for bucket, bucket_runs in zip(buckets, runs, strict=True):
-            self._index(bucket, bucket_runs)
 
     def agree(self, received: list[bool]) -> list[bool]:
         """Which parameters got a gradient on any data-parallel rank (one small collective on the host)."""
@@ -59,24 +47,27 @@ class Reducer:
         return flags.astype(bool).tolist()  # type: ignore[no-any-return]
 
     def average_gradients(self) -> None:
-        """Averages over data-parallel ranks, each element into the slices that hold it; completes partial sums."""
+        """Averages over data-parallel ranks, each element where it is updated; completes partial sums."""
+        partial: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         for bucket in self._buckets:
-            if self.num_replicas > 1:
-                self._average(bucket)
-        for (size, _, _), slices in self._partial.items():
+            bucket.average(self._backend, self._mesh.group("dp"), self.num_replicas)
+            for size, part in bucket.partial_sums():
+                partial[size, part.dtype, part.device].append(part)
+        for (size, _, _), parts in partial.items():
             group = self._groups[size]
             if group is None:
                 continue
-            flat = torch.cat(slices)
+            flat = torch.cat([part.reshape(-1) for part in parts])
             self._backend.all_reduce(flat, group)
-            for piece, total in zip(slices, torch.split(flat, [t.numel() for t in slices]), strict=True):
-                piece.copy_(total)
+            for part, total in zip(parts, torch.split(flat, [t.numel() for t in parts]), strict=True):
+                part.copy_(total)
 
     def norm(self) -> Tensor:
         """L2 norm of the averaged gradients of the whole model: a 0-d device tensor, the same on every rank."""
-        wide = any(bucket.grads.dtype == torch.float64 for bucket in self._buckets)
-        zero = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self._device)
-        total = weighted_square_sum(self._norm_slices, self._norm_weights, zero)
+        wide = any(bucket.grad_dtype == torch.float64 for bucket in self._buckets)
+        total = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self._device)
+        for bucket in self._buckets:
+            total = weighted_square_sum(bucket.norm_terms(), total)
         if self._sharded and self.num_replicas > 1:
             everyone = self._mesh.sizes["tp"] > 1
             self._backend.all_reduce(total, dist.group.WORLD if everyone else self._mesh.group("dp"))
@@ -88,18 +79,17 @@ class Reducer:
         """1.0 if any gradient on any rank is infinite or not a number, else 0.0 (0-d fp32 device tensor)."""
         found = torch.zeros((), dtype=torch.float32, device=self._device)
         for bucket in self._buckets:
-            found = torch.maximum(found, (~torch.isfinite(bucket.own_grads)).any().to(found))
+            for grads in bucket.reduced():
+                found = torch.maximum(found, (~torch.isfinite(grads)).any().to(found))
         if self._mesh.world_size > 1:
             self._backend.all_reduce(found, dist.group.WORLD, dist.ReduceOp.MAX)
         return found
 
-    def gather_weights(self, bucket: FlatBucket) -> dist.Work | None:
+    def gather_weights(self, bucket: Bucket) -> dist.Work | None:
         """Starts to collect every rank's updated slice of ``bucket``; returns what to wait for."""
         if not self._sharded or self.num_replicas == 1:
             return None
-        return self._backend.all_gather(
-            bucket.weights, bucket.own_weights, self._mesh.group("dp"), async_op=True
-        )
+        return bucket.gather(self._backend, self._mesh.group("dp"))
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
         """Sums ``tensor`` in place over the data-parallel ranks; returns it."""
@@ -109,23 +99,4 @@ class Reducer:
 
     @property
     def _device(self) -> torch.device:
-        return self._buckets[0].grads.device if self._buckets else torch.device("cpu")
-
-    def _average(self, bucket: FlatBucket) -> None:
-        group, factor = self._mesh.group("dp"), 1.0 / self.num_replicas
-        if bucket.grads.dtype == torch.float16:
-            bucket.grads.mul_(factor)  # first, because a sum over many ranks leaves fp16's range
-        if self._sharded:
-            self._backend.reduce_scatter(bucket.own_grads, bucket.grads, group)
-        else:
-            self._backend.all_reduce(bucket.grads, group)
-        if bucket.grads.dtype != torch.float16:
-            bucket.own_grads.mul_(factor)
-
-    def _index(self, bucket: FlatBucket, runs: list[Run]) -> None:
-        for run in runs:
-            view = bucket.grads[run.start : run.stop]
-            self._norm_slices.append(view)
-            self._norm_weights.append(1.0 / run.replicas)
-            if run.grad_ranks > 1:
-                self._partial[run.grad_ranks, view.dtype, view.device].append(view)
+        return self._buckets[0].device if self._buckets else torch.device("cpu")

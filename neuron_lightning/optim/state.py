@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
-from neuron_lightning.optim.flat import OwnPiece
+from neuron_lightning.optim.bucket import Unit
+from neuron_lightning.optim.buckets import Piece
 from neuron_lightning.optim.probe import Traits
 
 MASTER = "master"
@@ -40,17 +42,17 @@ class ParamState:
 
 
 def export_piece(
-    piece: OwnPiece, param: nn.Parameter, state: Mapping[str, Any], traits: Traits
+    unit: Unit, piece: Piece, param: nn.Parameter, state: Mapping[str, Any], traits: Traits
 ) -> ParamState:
     """The state of one piece (without the master weight).
 
     Raises:
         OptimizerError: the optimizer keeps state that belongs to no element and is no number.
     """
-    result = ParamState(param=param, start=piece.where.start, stop=piece.where.stop)
+    result = ParamState(param=param, start=piece.start, stop=piece.stop)
     for name, value in state.items():
-        if is_per_element(name, value, piece, traits):
-            result.tensors[name] = value.reshape(-1)
+        if is_per_element(name, value, unit, traits):
+            result.tensors[name] = unit.cut(value, piece)
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             result.scalars[name] = float(value)
         elif value is not None:
@@ -63,54 +65,103 @@ def export_piece(
     return result
 
 
-def import_piece(
-    piece: OwnPiece, given: ParamState, group: Mapping[str, Any], traits: Traits
+def import_unit(
+    unit: Unit,
+    given: Mapping[Piece, ParamState],
+    present: Mapping[str, Any],
+    group: Mapping[str, Any],
+    traits: Traits,
 ) -> dict[str, Any]:
-    """State for one piece from what was saved; copies, in the dtype and on the device that updates need."""
-    target = piece.tensor
+    """State for one unit from what was saved of its pieces; copies, in the dtype and on the device that updates need.
+
+    Args:
+        unit: what the state is for.
+        given: what was saved, of all pieces or of some.
+        present: the state that the unit has; pieces that are not given keep theirs.
+        group: its parameter group.
+        traits: of the optimizer class.
+
+    Raises:
+        OptimizerError: values that do not fit, or numbers that differ between pieces that are updated together.
+    """
     state: dict[str, Any] = {}
-    for name, value in given.tensors.items():
-        if name == MASTER:
-            continue
-        check_length(name, value, given)
-        dtype = target.dtype if value.is_floating_point() else value.dtype
-        state[name] = value.detach().to(target.device, dtype, copy=True).reshape(target.shape)
-    on_device = bool(group.get("capturable") or group.get("fused"))
-    for name, number in given.scalars.items():
-        dtype_or_none = traits.scalar_dtypes.get(name, torch.float32)
-        if name in traits.element_names:
-            state[name] = torch.full_like(target, number)
-        elif dtype_or_none is None:
-            state[name] = int(number) if float(number).is_integer() else number
-        else:
-            state[name] = torch.tensor(
-                number, dtype=dtype_or_none, device=target.device if on_device else "cpu"
+    for name in dict.fromkeys(name for one in given.values() for name in one.tensors if name != MASTER):
+        parts = {piece: one.tensors[name] for piece, one in given.items() if name in one.tensors}
+        for piece, value in parts.items():
+            check_length(name, value, given[piece])
+        state[name] = _filled(unit, parts, present.get(name))
+    for name in dict.fromkeys(name for one in given.values() for name in one.scalars):
+        numbers = {one.scalars[name] for one in given.values() if name in one.scalars}
+        if len(numbers) > 1:
+            raise OptimizerError(
+                f"optimizer state {name!r} is {sorted(numbers)} for parameters that are updated as one tensor here: it "
+                "must be the same number for all; load the weights alone, or switch ZeRO-1 off."
             )
+        state[name] = _number(name, numbers.pop(), unit, group, traits)
     return state
 
 
-def adopt_state(outer: Optimizer, inner: Optimizer, pieces: Iterable[tuple[nn.Parameter, OwnPiece]]) -> None:
-    """Moves state that the user's instance already has to the pieces that stand for its parameters."""
-    for param, piece in pieces:
-        entries = outer.state.get(param)
-        if not entries:
-            continue
-        cut = slice(piece.where.start, piece.where.stop)
-        inner.state[piece.tensor] = {
-            name: value.detach()
-            .reshape(-1)[cut]
-            .to(piece.tensor.dtype, copy=True)
-            .reshape(piece.tensor.shape)
-            if isinstance(value, Tensor) and value.shape == param.shape and name != "step"
-            else value
-            for name, value in entries.items()
-        }
+def fill(unit: Unit, parts: Mapping[Piece, Tensor]) -> None:
+    """Copies saved values into the pieces of the unit's own tensor."""
+    with torch.no_grad():
+        unit.tensor.copy_(_filled(unit, parts, unit.tensor))
+
+
+def _filled(unit: Unit, parts: Mapping[Piece, Tensor], present: Any) -> Tensor:
+    """A new tensor for ``unit`` with these values in its pieces, and the present ones (or zeros) elsewhere."""
+    target = unit.tensor
+    first = next(iter(parts.values()))
+    dtype = target.dtype if first.is_floating_point() else first.dtype
+    if len(unit.pieces) == 1:
+        return first.detach().to(target.device, dtype, copy=True).reshape(target.shape)
+    # Put together on the host, so that it reaches the device in one transfer and no graph.
+    whole = isinstance(present, Tensor) and len(parts) < len(unit.pieces)
+    host = (
+        present.detach().to("cpu", dtype, copy=True)
+        if whole
+        else torch.zeros(target.shape, dtype=dtype, device="cpu")
+    )
+    for piece, value in parts.items():
+        unit.cut(host, piece).copy_(value.reshape(-1))
+    return host.to(target.device)
+
+
+def _number(name: str, number: float, unit: Unit, group: Mapping[str, Any], traits: Traits) -> Any:
+    dtype = traits.scalar_dtypes.get(name, torch.float32)
+    if name in traits.element_names:
+        return torch.full_like(unit.tensor, number)
+    if dtype is None:
+        return int(number) if float(number).is_integer() else number
+    if group.get("capturable") or group.get("fused"):
+        return get_backend().scalar(number, torch.empty((), dtype=dtype, device=unit.tensor.device))
+    return torch.tensor(number, dtype=dtype, device="cpu")
+
+
+def adopt_state(
+    outer: Optimizer, inner: Optimizer, units: Iterable[Unit], params: Sequence[nn.Parameter]
+) -> None:
+    """Moves state that the user's instance already has to the units that stand for its parameters."""
+    for unit in units:
+        held = {piece: outer.state.get(params[piece.param]) or {} for piece in unit.pieces}
+        names = dict.fromkeys(name for entries in held.values() for name in entries)
+        state = {name: _adopted(name, unit, held, params) for name in names}
+        if state:
+            inner.state[unit.tensor] = state
     outer.state.clear()
 
 
-def is_per_element(name: str, value: Any, piece: OwnPiece, traits: Traits) -> bool:
+def _adopted(name: str, unit: Unit, held: Mapping[Piece, Any], params: Sequence[nn.Parameter]) -> Any:
+    found = {piece: entries[name] for piece, entries in held.items() if name in entries}
+    piece, value = next(iter(found.items()))
+    if not isinstance(value, Tensor) or value.shape != params[piece.param].shape or name == "step":
+        return value
+    parts = {p: v.detach().reshape(-1)[p.start : p.stop] for p, v in found.items()}
+    return _filled(unit, parts, None)
+
+
+def is_per_element(name: str, value: Any, unit: Unit, traits: Traits) -> bool:
     """Whether a state entry has one value an element; for 0-d parameters only the name can tell."""
-    if not isinstance(value, Tensor) or value.shape != piece.tensor.shape:
+    if not isinstance(value, Tensor) or value.shape != unit.tensor.shape:
         return False
     return value.dim() > 0 or name in traits.element_names
 

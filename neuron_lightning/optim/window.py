@@ -1,4 +1,4 @@
-"""Gradients of one accumulation window: from autograd into the flat buffers, by hook.
+"""Gradients of one accumulation window: from autograd into the buckets, by hook.
 
 A window opens at the first backward after a step (or ``zero_grad``), is *reduced* once, and is over when the
 step has consumed it.
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from neuron_lightning.errors import OptimizerError
 
+_TAKEN_BY = "_gradient_window"
+"""Attribute of a parameter: the window of the optimizer that was wrapped around it last."""
+
 
 class Phase(enum.Enum):
     """Where a window stands."""
@@ -25,7 +28,7 @@ class Phase(enum.Enum):
 
 
 class Window:
-    """Watches parameters and adds up their gradients in flat views.
+    """Watches parameters and adds up their gradients in the tensors of the buckets.
 
     Where parameter and accumulation dtype agree, ``p.grad`` *is* the view and autograd adds into it by
     itself. Where they differ, each gradient is added to the view as it arrives and ``p.grad`` stays None.
@@ -44,10 +47,11 @@ class Window:
         self.received = [False] * len(params)
         self._params = params
         self._views = views
-        self._weights = [p.data_ptr() for p in params]
+        self._token = object()
         self._direct = [v is not None and v.dtype == p.dtype for p, v in zip(params, views, strict=True)]
         reference = weakref.ref(self)
         for index, param in enumerate(params):
+            setattr(param, _TAKEN_BY, self._token)
             param.register_post_accumulate_grad_hook(_hook(reference, index))  # type: ignore[no-untyped-call]
 
     def accept(self, index: int) -> None:
@@ -57,7 +61,7 @@ class Window:
             OptimizerError: it is sparse, or the window has been reduced already.
         """
         param, view = self._params[index], self._views[index]
-        if view is None or param.data_ptr() != self._weights[index]:
+        if view is None or getattr(param, _TAKEN_BY, None) is not self._token:
             return  # nothing to train, or a later optimizer has taken the parameter over
         if self.phase is Phase.REDUCED:
             raise OptimizerError(
@@ -124,7 +128,7 @@ class Window:
             )
         with torch.no_grad():
             if self._direct[index]:
-                if grad.data_ptr() != view.data_ptr():
+                if grad is not view:
                     view.copy_(grad)
                     param.grad = view
                 return

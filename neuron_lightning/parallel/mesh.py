@@ -72,6 +72,7 @@ class Mesh:
                 ranks[i : i + size] for ranks in self.replica_groups("tp") for i in range(0, len(ranks), size)
             ]
             mine, _ = dist.new_subgroups_by_enumeration(cuts)  # type: ignore[no-untyped-call]
+            get_backend().adopt_group(mine, cuts)
             self._replica_groups[size] = mine
         return self._replica_groups[size]
 
@@ -127,9 +128,9 @@ def _build(sizes: dict[str, int], sequence_parallel: bool) -> Mesh:
     if not dist.is_initialized():
         return Mesh(sizes=sizes, coordinates=dict.fromkeys(AXES, 0), sequence_parallel=sequence_parallel)
     device_mesh = init_device_mesh(
-        get_backend().device_type, tuple(sizes[a] for a in AXES), mesh_dim_names=AXES
+        get_backend().mesh_device_type, tuple(sizes[a] for a in AXES), mesh_dim_names=AXES
     )
-    return Mesh(
+    mesh = Mesh(
         sizes=sizes,
         coordinates={axis: device_mesh.get_local_rank(axis) for axis in AXES},
         rank=dist.get_rank(),
@@ -137,6 +138,9 @@ def _build(sizes: dict[str, int], sequence_parallel: bool) -> Mesh:
         sequence_parallel=sequence_parallel,
         device_mesh=device_mesh,
     )
+    for axis in AXES:
+        get_backend().adopt_group(mesh.group(axis), mesh.replica_groups(axis))
+    return mesh
 
 
 def is_initialized() -> bool:

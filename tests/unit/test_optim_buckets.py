@@ -90,7 +90,7 @@ def test_a_spec_that_does_not_cover_its_parameter_is_refused() -> None:
 def test_norm_of_many_equal_elements_is_exact_where_one_accumulator_is_not(dtype: torch.dtype) -> None:
     x = torch.full((3 * 10**6 + 17,), 0.1).to(dtype)
     zero = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    ours = weighted_square_sum([x, x[:5]], [0.5, 2.0], zero)
+    ours = weighted_square_sum([(x, 0.5), (x[:5], 2.0)], zero)
     exact = 0.5 * x.double().square().sum() + 2.0 * x[:5].double().square().sum()
     assert abs(ours.double() / exact - 1) < 3e-6
     assert ours.dtype == zero.dtype

@@ -1,0 +1,264 @@
+"""Buckets for devices that record graphs: no tensor shares memory with another, and all ranks record the same graph.
+
+Where operators are recorded and run later, a view is a value of its own: weights kept both as parameters and in a flat
+buffer would be stored twice, and each write through a view would rebuild the buffer. So parameters and gradients
+stay tensors by themselves, and are joined only inside the graph of the step. A slice of the joined parameters
+is one unit whatever it holds, because ranks that updated different pieces would each record a graph of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from neuron_lightning.backends import Backend
+from neuron_lightning.errors import OptimizerError
+from neuron_lightning.optim.bucket import Bucket, Unit, zero_filled
+from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
+
+
+class _Recorded(Bucket):
+    """What both kinds have in common: a tensor for the gradient of each parameter."""
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        params: list[nn.Parameter],
+        *,
+        accumulation_dtype: torch.dtype,
+        master: bool,
+    ) -> None:
+        self.layout = layout
+        self.has_master = master
+        self._params = {slot.param: params[slot.param] for slot in layout.slots}
+        self._first = params[layout.slots[0].param]
+        self._grads = zero_filled(params, layout, accumulation_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return self._grads[self.layout.slots[0].param].dtype
+
+    @property
+    def update_dtype(self) -> torch.dtype:
+        return torch.float32 if self.has_master else self._first.dtype
+
+    def grad_view(self, index: int) -> Tensor:
+        return self._grads[index]
+
+    def check_attached(self) -> None:
+        """Nothing to check: the parameters live where they always did."""
+
+    def _joined(self, tensors: dict[int, Tensor] | dict[int, nn.Parameter]) -> Tensor:
+        """(size,): the tensors of all parameters at their offsets, zeros between them."""
+        parts: list[Tensor] = []
+        end = 0
+        for slot in self.layout.slots:
+            flat = tensors[slot.param].detach().reshape(-1)
+            if slot.offset > end:
+                parts.append(flat.new_zeros(slot.offset - end))
+            parts.append(flat)
+            end = slot.offset + slot.numel
+        if self.layout.size > end:
+            parts.append(parts[-1].new_zeros(self.layout.size - end))
+        return torch.cat(parts)
+
+    def _spread(self, flat: Tensor, tensors: dict[int, Tensor] | dict[int, nn.Parameter]) -> None:
+        """The reverse: copies each parameter's part of ``flat`` into its tensor."""
+        for slot in self.layout.slots:
+            target = tensors[slot.param]
+            target.detach().copy_(flat[slot.offset : slot.offset + slot.numel].view(target.shape))
+
+
+class WholeBucket(_Recorded):
+    """Parameters that this rank updates whole. Arguments as :class:`SliceBucket`, without a rank."""
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        params: list[nn.Parameter],
+        runs: Sequence[Run],
+        *,
+        accumulation_dtype: torch.dtype,
+        master: bool,
+    ) -> None:
+        super().__init__(layout, params, accumulation_dtype=accumulation_dtype, master=master)
+        self._masters = {i: p.detach().float() for i, p in self._params.items()} if master else {}
+        self.units = [
+            Unit(self._masters.get(piece.param, params[piece.param]), (piece,)) for piece in layout.pieces(0)
+        ]
+        self._terms = [(piece.param, _within(piece, runs)) for piece in layout.pieces(0)]
+
+    def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
+        if replicas > 1:
+            self._spread(_averaged(self._joined(self._grads), backend, group, replicas), self._grads)
+
+    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
+        return ((run.grad_ranks, part) for part, run in self._cut() if run.grad_ranks > 1)
+
+    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
+        return ((part, 1.0 / run.replicas) for part, run in self._cut())
+
+    def reduced(self) -> list[Tensor]:
+        return list(self._grads.values())
+
+    def reduced_piece(self, piece: Piece) -> Tensor:
+        return self._grads[piece.param].reshape(-1)[piece.start : piece.stop]
+
+    def attach(self, received: Sequence[bool]) -> set[int]:
+        attached = set()
+        for unit in self.units:
+            index = unit.pieces[0].param
+            if received[index]:
+                unit.tensor.grad = self._grads[index].to(unit.tensor.dtype)
+                attached.add(id(unit.tensor))
+        return attached
+
+    def publish(self) -> None:
+        for index, master in self._masters.items():
+            self._params[index].detach().copy_(master)
+
+    def gather(self, backend: Backend, group: dist.ProcessGroup | None) -> dist.Work | None:
+        return None
+
+    def reload(self) -> None:
+        for index, master in self._masters.items():
+            master.copy_(self._params[index].detach())
+
+    def _cut(self) -> Iterator[tuple[Tensor, Run]]:
+        for index, runs in self._terms:
+            flat = self._grads[index].view(-1)
+            for run in runs:
+                yield flat if len(runs) == 1 else flat[run.start : run.stop], run
+
+
+class SliceBucket(_Recorded):
+    """Parameters of which this rank updates one slice (ZeRO-1), kept beside them.
+
+    Args:
+        layout: which parameter lies where, in ``layout.num_slices`` slices.
+        params: all distinct parameters of the optimizer; the layout's indices count in this list.
+        runs: how tensor parallelism treats the elements of this rank's slice; one treatment for all of them where
+            possible, so that the ranks' graphs are the same.
+        accumulation_dtype: dtype of the gradients.
+        rank: the slice that this rank updates.
+        master: keep the slice in fp32.
+    """
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        params: list[nn.Parameter],
+        runs: Sequence[Run],
+        *,
+        accumulation_dtype: torch.dtype,
+        rank: int,
+        master: bool,
+    ) -> None:
+        super().__init__(layout, params, accumulation_dtype=accumulation_dtype, master=master)
+        self._low, self._high = layout.slice_bounds(rank)
+        length = self._high - self._low
+        own = self._joined(self._params)[self._low : self._high].to(self.update_dtype, copy=True)
+        self.units = [Unit(own, layout.pieces(rank), self._low)]
+        alike = {run[2:] for run in runs}
+        self._runs = [run._replace(start=run.start - self._low, stop=run.stop - self._low) for run in runs]
+        if len(alike) == 1:
+            self._runs = [self._runs[0]._replace(start=0, stop=length)]
+        self._own_grads: Tensor | None = None
+
+    def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
+        joined = self._joined(self._grads)
+        own = joined.new_empty(self._high - self._low)
+        self._own_grads = _averaged(joined, backend, group, replicas, into=own)
+
+    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
+        own = self._averaged_slice()
+        return ((run.grad_ranks, self._cut(own, run)) for run in self._runs if run.grad_ranks > 1)
+
+    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
+        own = self._averaged_slice()
+        return ((self._cut(own, run), 1.0 / run.replicas) for run in self._runs)
+
+    def reduced(self) -> list[Tensor]:
+        return [self._averaged_slice()]
+
+    def reduced_piece(self, piece: Piece) -> Tensor:
+        return self.units[0].cut(self._averaged_slice(), piece)
+
+    def attach(self, received: Sequence[bool]) -> set[int]:
+        missing = [slot.param for slot in self.layout.slots if not received[slot.param]]
+        if len(missing) == len(self.layout.slots):
+            return set()
+        if missing:
+            raise OptimizerError(
+                f"{len(missing)} of {len(self.layout.slots)} parameters that are updated together got no gradient in "
+                f"this step (the first: parameter {missing[0]}, shape {tuple(self._params[missing[0]].shape)}): under "
+                "ZeRO-1 on this backend a slice of all of them is one tensor, and each must get one. Freeze what is not "
+                "trained (requires_grad=False) before the optimizer is made, or switch ZeRO-1 off."
+            )
+        (unit,) = self.units
+        unit.tensor.grad = self._averaged_slice().to(unit.tensor.dtype)
+        return {id(unit.tensor)}
+
+    def detach(self) -> None:
+        super().detach()
+        self._own_grads = None
+
+    def publish(self) -> None:
+        """Nothing: the weights are only written when all slices are there."""
+
+    def gather(self, backend: Backend, group: dist.ProcessGroup | None) -> dist.Work | None:
+        own = self.units[0].tensor.detach().to(self._first.dtype)
+        flat = own.new_empty(self.layout.size)
+        backend.all_gather(flat, own, group)
+        self._spread(flat, self._params)
+        return None
+
+    def reload(self) -> None:
+        self.units[0].tensor.copy_(self._joined(self._params)[self._low : self._high])
+
+    def _averaged_slice(self) -> Tensor:
+        if self._own_grads is None:
+            raise OptimizerError(
+                "the gradients of this window are not reduced, or the step has consumed them: call synchronize() "
+                "after its last backward()."
+            )
+        return self._own_grads
+
+    def _cut(self, own: Tensor, run: Run) -> Tensor:
+        return own if run.stop - run.start == own.numel() else own[run.start : run.stop]
+
+
+def _averaged(
+    joined: Tensor,
+    backend: Backend,
+    group: dist.ProcessGroup | None,
+    replicas: int,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The average of ``joined`` over the ranks: all of it in place, or this rank's slice in ``into``."""
+    half = joined.dtype == torch.float16
+    if half:
+        joined.mul_(1.0 / replicas)  # first, because a sum over many ranks leaves fp16's range
+    if into is None:
+        backend.all_reduce(joined, group)
+    else:
+        backend.reduce_scatter(into, joined, group)
+    result = joined if into is None else into
+    return result if half else result.mul_(1.0 / replicas)
+
+
+def _within(piece: Piece, runs: Sequence[Run]) -> list[Run]:
+    """The runs inside a piece, counted from its first element."""
+    begin, end = piece.offset, piece.offset + piece.stop - piece.start
+    return [
+        run._replace(start=max(run.start, begin) - begin, stop=min(run.stop, end) - begin)
+        for run in runs
+        if run.start < end and run.stop > begin
+    ]
