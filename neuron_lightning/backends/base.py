@@ -125,6 +125,14 @@ class Backend(ABC):
     def adopt_group(self, group: dist.ProcessGroup | None, everyone: Sequence[Sequence[int]]) -> None:  # noqa: B027
         """Hears of a group of the layout, and of the ranks of all groups of its kind. Most backends need not."""
 
+    def broadcast(self, tensor: Tensor, source: int, group: dist.ProcessGroup | None) -> None:
+        """Overwrites ``tensor`` with that of global rank ``source``. Every rank of the group calls it together."""
+        dist.broadcast(tensor, src=source, group=group)
+
+    def rank_as_data(self, rank: int) -> int | Tensor:
+        """A number that differs by rank, in a form that leaves the ranks' recorded graphs equal."""
+        return rank
+
     # -- steps, precision, randomness ------------------------------------------------------------------
 
     @abstractmethod

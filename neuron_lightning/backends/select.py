@@ -7,6 +7,7 @@ import logging
 import os
 
 from neuron_lightning.backends.base import Backend
+from neuron_lightning.backends.diagnose import check_environment
 from neuron_lightning.backends.native import NativeBackend
 from neuron_lightning.errors import ConfigError
 
@@ -101,6 +102,7 @@ def _make(name: str) -> Backend:
             "pip install 'neuron-lightning[xla]' into an environment with torch 2.9, "
             "or use 'neuron' on trn2 and trn3, 'cuda' or 'cpu'."
         )
+    check_environment(name)  # before torch_xla is imported: it adapts the environment to what it finds
     from neuron_lightning.backends.xla import XLABackend
 
     return XLABackend()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, reader, restore, state, storage, typed_json, writer
 from neuron_lightning.checkpoint.exchange import Ranks
+from neuron_lightning.checkpoint.host_copies import HostCopies, landing
 from neuron_lightning.checkpoint.manifest import KINDS
 from neuron_lightning.checkpoint.plan import Planner, Request, file_name
 from neuron_lightning.checkpoint.reader import Checkpoint
@@ -174,11 +175,12 @@ def load_module_state(
     plans: list[restore.ModulePlan] = []
 
     def plan(checkpoint: Checkpoint) -> list[Want]:
-        plans.append(restore.plan_module(checkpoint, targets, parameters, tp_size, strict))
+        plans.append(restore.plan_module(checkpoint, into, parameters, tp_size, strict))
         return plans[0].wants
 
     kinds = ("model",) if verify else ()
-    reader.load(path, plan, kinds, f"load the weights of {path}", ranks, progress or _silent)
+    with landing(targets) as into:
+        reader.load(path, plan, kinds, f"load the weights of {path}", ranks, progress or _silent)
     return plans[0].missing, plans[0].unexpected
 
 
@@ -200,11 +202,15 @@ def load_optimizer_state(
     ranks = Ranks()
     tp_size = current_mesh().sizes["tp"]
 
+    copies: list[HostCopies] = []
+
     def plan(checkpoint: Checkpoint) -> list[Want]:
-        return restore.plan_optimizers(checkpoint, optimizers, parameters, tp_size)
+        return restore.plan_optimizers(checkpoint, optimizers, parameters, tp_size, copies)
 
     kinds = ("optimizer", "trainer") if verify else ()
     reader.load(path, plan, kinds, f"load the optimizer state of {path}", ranks, progress or _silent)
+    for one in copies:
+        one.put_back()
 
 
 def load_average_state(
@@ -233,10 +239,11 @@ def load_average_state(
     tp_size, prefix = current_mesh().sizes["tp"], state.average_prefix(key)
 
     def plan(checkpoint: Checkpoint) -> list[Want]:
-        return restore.plan_module(checkpoint, targets, parameters, tp_size, True, prefix).wants
+        return restore.plan_module(checkpoint, into, parameters, tp_size, True, prefix).wants
 
     kinds, what = ("optimizer",) if verify else (), f"load the averaged weights {key} of {path}"
-    reader.load(path, plan, kinds, what, ranks, progress or _silent)
+    with landing(targets) as into:
+        reader.load(path, plan, kinds, what, ranks, progress or _silent)
 
 
 def check_trainer_state(values: Mapping[str, Any]) -> None:

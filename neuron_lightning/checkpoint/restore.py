@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.checkpoint import boxes, state
 from neuron_lightning.checkpoint.collector import uncollected
+from neuron_lightning.checkpoint.host_copies import FetchedOptimizer, HostCopies, fetchable
 from neuron_lightning.checkpoint.manifest import TensorRecord
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.state import Names
@@ -79,8 +80,16 @@ def plan_optimizers(
     optimizers: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
     tp_size: int,
+    copies: list[HostCopies],
 ) -> list[Want]:
     """Gives optimizers their hyper-parameters, numbers and room for their state; what is to be read into it.
+
+    Args:
+        checkpoint: to read from.
+        optimizers: as many as were saved.
+        parameters: the module's, by name.
+        tp_size: tensor-parallel size.
+        copies: filled with the host copies that are read into in place of device tensors, to be put back afterwards.
 
     Raises:
         CheckpointError: no optimizer state, or of other optimizers.
@@ -96,13 +105,17 @@ def plan_optimizers(
         _check_groups(checkpoint, index, stored[index], state.group_options(optimizer, parameters))
     wants: list[Want] = []
     for index, optimizer in enumerate(optimizers):
-        sources = []
-        for piece in state.export(optimizer):
-            found = _Stored(checkpoint, keys, index, piece, names.name_of(piece.param), tp_size)
-            if (room := found.with_room()) is not None:
-                optimizer.import_state([room])
-            sources.append(found)
-        for piece, found in zip(state.export(optimizer), sources, strict=True):
+        sources = [
+            _Stored(checkpoint, keys, index, piece, names.name_of(piece.param), tp_size)
+            for piece in state.export(optimizer)
+        ]
+        if rooms := [room for found in sources if (room := found.with_room()) is not None]:
+            optimizer.import_state(rooms)
+        target = optimizer
+        if fetchable(optimizer):
+            copies.append(HostCopies(optimizer.held_tensors()))
+            target = FetchedOptimizer(optimizer, copies[-1])
+        for piece, found in zip(state.export(target), sources, strict=True):
             wants += found.wants(piece)
         for group, saved in zip(optimizer.param_groups, stored[index], strict=True):
             group.update({k: v for k, v in saved["options"].items() if k not in state.GROUP_CHOICES})

@@ -149,9 +149,11 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
     """Equal for two tensors that are the same memory; None where there is none to compare."""
     if not tensor.numel() or tensor.is_meta:
         return None
+    storage = tensor.untyped_storage()
     return (
         tensor.device,
-        tensor.untyped_storage().data_ptr(),
+        # XLA's tensors have no address, but a storage of their own each.
+        storage._cdata if tensor.device.type == "xla" else storage.data_ptr(),
         tensor.storage_offset(),
         tuple(tensor.shape),
         tensor.stride(),

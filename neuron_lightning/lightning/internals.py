@@ -25,8 +25,10 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import ConfigError
 from neuron_lightning.lightning.internals_loops import Boundaries
+from neuron_lightning.lightning.internals_recorded import fetched, reset_to_data, results_on_host
 
 CHECKED_AGAINST = "2.6.6"
 SHARDED_LOADER = "_neuron_lightning_sharded"
@@ -133,6 +135,7 @@ def install(trainer: Trainer, hooks: Hooks) -> None:
     _replace_sigterm(trainer, hooks)
     _replace_accumulation(trainer, hooks)
     _replace_logging(trainer, boundaries)
+    reset_to_data(trainer)
     _replace_sampler_rule(trainer)
 
 
@@ -200,11 +203,12 @@ def _replace_logging(trainer: Trainer, boundaries: Boundaries) -> None:
     def log_at_global_step(metrics: Any, step: int | None = None) -> None:
         counted, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step
         try:
-            log_metrics(metrics, step)
+            log_metrics(fetched(metrics), step)
         finally:
             loop._batches_that_stepped = counted
 
     def update_at_boundary() -> None:
+        get_backend().mark_step()  # with the batch's logging, before anything is read
         if loop._should_accumulate():
             return
         update()
@@ -225,8 +229,10 @@ class _QuietLoggerConnector(_LoggerConnector):
     @property
     def metrics(self) -> Any:
         """Metrics of the batch (in training without those of the bar) or of the epoch."""
-        if self._first_loop_iter is None or self.trainer.state.stage != RunningStage.TRAINING:
-            return super().metrics
+        in_epoch = self._first_loop_iter is not None
+        if not in_epoch or self.trainer.state.stage != RunningStage.TRAINING:
+            with results_on_host(self.trainer, on_step=in_epoch):
+                return super().metrics
         with _bar_metrics_unread(self.trainer):
             return super().metrics
 
@@ -234,8 +240,19 @@ class _QuietLoggerConnector(_LoggerConnector):
     def progress_bar_metrics(self) -> Any:
         """Python numbers for a bar; reads the device."""
         if self.trainer._results:
-            self._progress_bar_metrics.update(super().metrics["pbar"])
+            with results_on_host(self.trainer, on_step=self._first_loop_iter is not None):
+                self._progress_bar_metrics.update(super().metrics["pbar"])
         return self._progress_bar_metrics
+
+    @property
+    def callback_metrics(self) -> Any:
+        """What callbacks monitor; on the host where reading each by itself would cost a graph."""
+        return fetched(super().callback_metrics)
+
+    @property
+    def logged_metrics(self) -> Any:
+        """As :attr:`callback_metrics`."""
+        return fetched(super().logged_metrics)
 
     def epoch_end_reached(self) -> None:
         """Keeps what the bar showed of single batches, which the epoch's results do not hold."""

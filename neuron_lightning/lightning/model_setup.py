@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import ConfigError
 from neuron_lightning.lightning.launch import global_seed
 from neuron_lightning.lightning.settings import StrategySettings
@@ -106,8 +107,8 @@ def _broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, sourc
     with torch.no_grad():
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=source, group=group)
-            if whole.data_ptr() != tensor.data_ptr():
+            get_backend().broadcast(whole, source, group)
+            if not tensor.is_contiguous():
                 tensor.copy_(whole)
 
 

@@ -22,7 +22,15 @@ from torch.optim import Optimizer
 from neuron_lightning.backends import get_backend
 from neuron_lightning.config import AsyncSave, NeuronConfig
 from neuron_lightning.errors import ConfigError, ParallelStateError
-from neuron_lightning.lightning import drift, failures, internals, internals_loops, processes, resume
+from neuron_lightning.lightning import (
+    drift,
+    failures,
+    internals,
+    internals_loops,
+    internals_recorded,
+    processes,
+    resume,
+)
 from neuron_lightning.lightning.averages import average_prepared_module
 from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
 from neuron_lightning.lightning.folder_lock import FolderLocks
@@ -234,6 +242,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
             self._locks.acquire(resume.folders(trainer))
         self.precision_plugin.convert_module(module)
         prepare_module(module, self.settings, self.root_device)
+        internals_recorded.keep_numbers_on_host(module)
         self._vocab_size = vocab_size_of(module)
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -276,6 +285,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
 
     def on_train_start(self) -> None:
         """Gives a resumed run its random states back."""
+        get_backend().mark_step()  # weights and state are made; the first step's graph does not make them
         self._training_ended, self._steps_counted = False, False
         internals_loops.begin_next_epoch(self._trainer())
         self._apply_overrides()
@@ -292,6 +302,18 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
             internals_loops.count_validations_again(self._trainer())
             self._steps_counted = True
 
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; every batch is a graph of its own where graphs are recorded. So are those below."""
+        return _ended(super().validation_step(*args, **kwargs))
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`validation_step`."""
+        return _ended(super().test_step(*args, **kwargs))
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`validation_step`."""
+        return _ended(super().predict_step(*args, **kwargs))
+
     def teardown(self) -> None:
         """Moves the module to the CPU and lets the next strategy start. The layout stays until then."""
         self._saves.close()
@@ -306,3 +328,9 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
             self._checkpoint_io.teardown()
         self._locks.release()
         _Active.strategy = None
+
+
+def _ended(outputs: Any) -> Any:
+    """Ends the graph of a batch outside of training: nothing else would before all batches are recorded."""
+    get_backend().mark_step()
+    return outputs

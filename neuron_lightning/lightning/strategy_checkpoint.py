@@ -8,7 +8,7 @@ checkpoint: a trigger inside a window is carried out at its end, and deletions w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from neuron_lightning.checkpoint import check_trainer_state, exchange
+from neuron_lightning.checkpoint.host_copies import fetched
 from neuron_lightning.errors import CheckpointError
 from neuron_lightning.lightning import averages, internals_loops
 from neuron_lightning.lightning.finite import check_finite
@@ -98,21 +99,20 @@ class CheckpointMixin(DataMixin):
         module = self.lightning_module
         if module is None:
             raise CheckpointError("there is no module to save: call trainer.fit(…) first.")
-        averaged = averages.take(checkpoint, module)
+        averaged: Mapping[str, Any] = averages.take(checkpoint, module)
         trainer_state = {key: value for key, value in checkpoint.items() if key not in _IN_FOLDER}
         loaders = internals_loops.take_loader_states(checkpoint["loops"]) if "loops" in checkpoint else []
         if "optimizer_states" in checkpoint:
             trainer_state["optimizer_states"] = []
-        optimizers = self._stateful() if "optimizer_states" in checkpoint else []
+        optimizers: Sequence[Any] = self._stateful() if "optimizer_states" in checkpoint else []
         parameters = dict(module.named_parameters())
-        check_finite(
-            filepath, checkpoint["state_dict"], parameters, optimizers, checkpoint.get("global_step")
-        )
+        state, optimizers, averaged = fetched(checkpoint["state_dict"], optimizers, averaged)
+        check_finite(filepath, state, parameters, optimizers, checkpoint.get("global_step"))
         fitting = self._trainer().state.fn == TrainerFn.FITTING
         self._saves.write(
             filepath,
             background=fitting and not self._training_ended,
-            module_state=checkpoint["state_dict"],
+            module_state=state,
             parameters=parameters,
             optimizers=optimizers,
             averages=averaged,

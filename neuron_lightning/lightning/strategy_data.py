@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import DataError
 from neuron_lightning.lightning import data_position, drift, internals_loops
 from neuron_lightning.models.attention_mask import mark_unpadded
@@ -160,6 +161,8 @@ def _unpadded_masks(batch: Any) -> list[str]:
     """The attention masks in a batch that is on the host which are all ones."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.is_floating_point():
+        return []
+    if get_backend().records_graphs:  # two graphs, and not the same one on all ranks
         return []
     return ["attention_mask"] if mask.numpy().all() else []
 

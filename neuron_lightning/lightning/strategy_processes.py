@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 
 from neuron_lightning.backends import get_backend, select_backend, use_backend
+from neuron_lightning.backends.diagnose import check_environment
 from neuron_lightning.errors import LaunchError
 from neuron_lightning.lightning import failures, internals, launch
 from neuron_lightning.lightning.accelerator import accelerator_for, backend_name
@@ -82,11 +83,13 @@ class ProcessesMixin(ParallelStrategy):
         self._check_world()
 
     def _settle_processes(self, arguments: internals.TrainerArguments) -> None:
-        use_backend(*select_backend(backend_name(arguments.accelerator)))
+        requested = backend_name(arguments.accelerator)
+        use_backend(*select_backend(requested))
         backend = get_backend()
         if arguments.accelerator == "auto":
             self.accelerator = accelerator_for(backend)
         settled = launch.settle(launch.detect(), arguments.devices, arguments.num_nodes, backend)
+        check_environment(backend.name, len(settled.device_indices), requested=requested is not None)
         self.parallel_devices = [backend.device(index) for index in settled.device_indices]
         self._num_nodes = settled.num_nodes
         if arguments.trainer is not None:

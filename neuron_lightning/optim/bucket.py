@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuron_lightning.backends import Backend
 from neuron_lightning.optim.buckets import BucketLayout, Piece
@@ -71,7 +71,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def grad_view(self, index: int) -> Tensor:
-        """Where the gradient of parameter ``index`` accumulates, in the parameter's shape."""
+        """Where the gradient of parameter ``index`` accumulates in this window, in the parameter's shape."""
 
     @abstractmethod
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
@@ -123,13 +123,3 @@ class Bucket(ABC):
     @abstractmethod
     def check_attached(self) -> None:
         """Checks that the parameters still live here. Raises :class:`OptimizerError`."""
-
-
-def zero_filled(
-    params: Sequence[nn.Parameter], layout: BucketLayout, dtype: torch.dtype
-) -> dict[int, Tensor]:
-    """A tensor of zeros in the shape of each parameter of ``layout``, by its index."""
-    return {
-        slot.param: torch.zeros_like(params[slot.param], dtype=dtype, requires_grad=False)
-        for slot in layout.slots
-    }

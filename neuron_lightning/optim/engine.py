@@ -80,11 +80,11 @@ class Engine:
             bucket_bytes=bucket_bytes,
         )
         self._reducer = make_reducer(self.params, self.buckets, self.mesh, sharded=zero1)
-        views: list[Tensor | None] = [None] * len(self.params)
+        homes: list[Bucket | None] = [None] * len(self.params)
         for bucket in self.buckets:
             for slot in bucket.layout.slots:
-                views[slot.param] = bucket.grad_view(slot.param)
-        self._window = Window(self.params, views)
+                homes[slot.param] = bucket
+        self._window = Window(self.params, homes)
         self._inner = self._make_inner()
 
     # -- gradients ---------------------------------------------------------------------------------------
@@ -148,6 +148,11 @@ class Engine:
             )
         if self._window.phase is Phase.OPEN:
             self.synchronize()
+        if self._window.phase is Phase.OVER and get_backend().records_graphs:
+            raise OptimizerError(
+                "full_grad() after step(): on this backend the step frees the gradients; read them between "
+                "synchronize() and step()."
+            )
         if not self._window.received[index]:
             return None
         view = self._window.view(index)
@@ -171,12 +176,14 @@ class Engine:
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """Takes one step, evaluating ``closure`` first."""
+        backend = get_backend()
         if closure is not None and needs_closure(self.outer):
             self._inner.pull()
             result = self._inner.step(closure=lambda: self._evaluate(closure))
             self._finish(self.buckets)
         else:
             result = _call(closure)
+            backend.mark_step()  # forward and backward are one graph, the step is another
             self._prepare()
             self._inner.pull()
             self._update()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.backends import Backend
 from neuron_lightning.errors import OptimizerError
-from neuron_lightning.optim.bucket import Bucket, Unit, zero_filled
+from neuron_lightning.optim.bucket import Bucket, Unit
 from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
 
 
@@ -35,7 +35,8 @@ class _Recorded(Bucket):
         self.has_master = master
         self._params = {slot.param: params[slot.param] for slot in layout.slots}
         self._first = params[layout.slots[0].param]
-        self._grads = zero_filled(params, layout, accumulation_dtype)
+        self._accumulation_dtype = accumulation_dtype
+        self._grads: dict[int, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -43,17 +44,27 @@ class _Recorded(Bucket):
 
     @property
     def grad_dtype(self) -> torch.dtype:
-        return self._grads[self.layout.slots[0].param].dtype
+        return self._accumulation_dtype
 
     @property
     def update_dtype(self) -> torch.dtype:
         return torch.float32 if self.has_master else self._first.dtype
 
     def grad_view(self, index: int) -> Tensor:
+        """As declared. Made when it is asked for and dropped by the step, so that no graph has to return it."""
+        if index not in self._grads:
+            self._grads[index] = torch.zeros_like(self._params[index], dtype=self._accumulation_dtype)
         return self._grads[index]
+
+    def detach(self) -> None:
+        super().detach()
+        self._grads = {}
 
     def check_attached(self) -> None:
         """Nothing to check: the parameters live where they always did."""
+
+    def _all_grads(self) -> dict[int, Tensor]:
+        return {slot.param: self.grad_view(slot.param) for slot in self.layout.slots}
 
     def _joined(self, tensors: dict[int, Tensor] | dict[int, nn.Parameter]) -> Tensor:
         """(size,): the tensors of all parameters at their offsets, zeros between them."""
@@ -97,7 +108,8 @@ class WholeBucket(_Recorded):
 
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
         if replicas > 1:
-            self._spread(_averaged(self._joined(self._grads), backend, group, replicas), self._grads)
+            grads = self._all_grads()
+            self._spread(_averaged(self._joined(grads), backend, group, replicas), grads)
 
     def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
         return ((run.grad_ranks, part) for part, run in self._cut() if run.grad_ranks > 1)
@@ -106,17 +118,17 @@ class WholeBucket(_Recorded):
         return ((part, 1.0 / run.replicas) for part, run in self._cut())
 
     def reduced(self) -> list[Tensor]:
-        return list(self._grads.values())
+        return list(self._all_grads().values())
 
     def reduced_piece(self, piece: Piece) -> Tensor:
-        return self._grads[piece.param].reshape(-1)[piece.start : piece.stop]
+        return self.grad_view(piece.param).reshape(-1)[piece.start : piece.stop]
 
     def attach(self, received: Sequence[bool]) -> set[int]:
         attached = set()
         for unit in self.units:
             index = unit.pieces[0].param
             if received[index]:
-                unit.tensor.grad = self._grads[index].to(unit.tensor.dtype)
+                unit.tensor.grad = self.grad_view(index).to(unit.tensor.dtype)
                 attached.add(id(unit.tensor))
         return attached
 
@@ -133,7 +145,7 @@ class WholeBucket(_Recorded):
 
     def _cut(self) -> Iterator[tuple[Tensor, Run]]:
         for index, runs in self._terms:
-            flat = self._grads[index].view(-1)
+            flat = self.grad_view(index).view(-1)
             for run in runs:
                 yield flat if len(runs) == 1 else flat[run.start : run.stop], run
 
@@ -173,7 +185,7 @@ class SliceBucket(_Recorded):
         self._own_grads: Tensor | None = None
 
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
-        joined = self._joined(self._grads)
+        joined = self._joined(self._all_grads())
         own = joined.new_empty(self._high - self._low)
         self._own_grads = _averaged(joined, backend, group, replicas, into=own)
 

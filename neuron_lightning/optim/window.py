@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_lightning.errors import OptimizerError
+from neuron_lightning.optim.bucket import Bucket
 
 _TAKEN_BY = "_gradient_window"
 """Attribute of a parameter: the window of the optimizer that was wrapped around it last."""
@@ -35,20 +36,22 @@ class Window:
 
     Args:
         params: distinct trainable parameters.
-        views: where the gradient of each accumulates, in its shape; None for a parameter without elements.
+        homes: the bucket in which the gradient of each accumulates; None for a parameter without elements.
 
     Attributes:
         phase: see :class:`Phase`.
         received: by parameter, whether a gradient arrived (after the reduction: on any rank).
     """
 
-    def __init__(self, params: list[nn.Parameter], views: list[Tensor | None]) -> None:
+    def __init__(self, params: list[nn.Parameter], homes: list[Bucket | None]) -> None:
         self.phase = Phase.OPEN
         self.received = [False] * len(params)
         self._params = params
-        self._views = views
+        self._homes = homes
         self._token = object()
-        self._direct = [v is not None and v.dtype == p.dtype for p, v in zip(params, views, strict=True)]
+        self._direct = [
+            home is not None and home.grad_dtype == p.dtype for p, home in zip(params, homes, strict=True)
+        ]
         reference = weakref.ref(self)
         for index, param in enumerate(params):
             setattr(param, _TAKEN_BY, self._token)
@@ -60,8 +63,8 @@ class Window:
         Raises:
             OptimizerError: it is sparse, or the window has been reduced already.
         """
-        param, view = self._params[index], self._views[index]
-        if view is None or getattr(param, _TAKEN_BY, None) is not self._token:
+        param, home = self._params[index], self._homes[index]
+        if home is None or getattr(param, _TAKEN_BY, None) is not self._token:
             return  # nothing to train, or a later optimizer has taken the parameter over
         if self.phase is Phase.REDUCED:
             raise OptimizerError(
@@ -70,15 +73,15 @@ class Window:
             )
         if self.phase is Phase.OVER:
             self.restart()
-        self._take(param, view, index)
+        self._take(param, home.grad_view(index), index)
 
     def collect(self) -> list[bool]:
         """Moves what stands in ``p.grad`` into the views; returns which parameters have a gradient here."""
         if self.phase is Phase.OVER:
             self.restart()
-        for index, (param, view) in enumerate(zip(self._params, self._views, strict=True)):
-            if view is not None and param.grad is not None:
-                self._take(param, view, index)
+        for index, (param, home) in enumerate(zip(self._params, self._homes, strict=True)):
+            if home is not None and param.grad is not None:
+                self._take(param, home.grad_view(index), index)
         return [
             param.grad is not None if direct else received
             for param, direct, received in zip(self._params, self._direct, self.received, strict=True)
@@ -86,21 +89,21 @@ class Window:
 
     def view(self, index: int) -> Tensor:
         """Where the gradient of parameter ``index`` accumulates, in its shape."""
-        view = self._views[index]
-        return torch.zeros_like(self._params[index]) if view is None else view
+        home = self._homes[index]
+        return torch.zeros_like(self._params[index]) if home is None else home.grad_view(index)
 
     def zero(self, indices: list[int]) -> None:
         """Zeroes the views of parameters that got no gradient here."""
         for index in indices:
-            view = self._views[index]
-            if view is not None:
-                view.zero_()
+            home = self._homes[index]
+            if home is not None:
+                home.grad_view(index).zero_()
 
     def show(self, visible: bool) -> None:
         """Leaves the reduced gradients in ``p.grad`` (of the parameter's own dtype), or hides them all."""
         for index, param in enumerate(self._params):
             shown = visible and self._direct[index] and self.received[index]
-            param.grad = self._views[index] if shown else None
+            param.grad = self.view(index) if shown else None
 
     def restart(self) -> None:
         """Opens a new, empty window."""

@@ -42,6 +42,10 @@ class TensorParallel(NamedTuple):
     rank: int
     group: dist.ProcessGroup | None
 
+    def start(self, extent: int) -> int | Tensor:
+        """Where this rank's ``extent`` elements begin; a device tensor where a number would be part of a graph."""
+        return get_backend().rank_as_data(self.rank) * extent
+
 
 def tensor_parallel() -> TensorParallel:
     """Size, rank and process group of the tensor-parallel axis of the current mesh."""
@@ -194,9 +198,12 @@ def all_reduce_copy(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def cut(x: Tensor, tp: TensorParallel, dim: int) -> Tensor:
-    """A view of this rank's slice of ``x`` along ``dim``."""
+    """This rank's slice of ``x`` along ``dim``: a view, except where graphs are recorded."""
     extent = x.shape[dim] // tp.size
-    return x.narrow(dim, tp.rank * extent, extent)
+    start = tp.start(extent)
+    if isinstance(start, int):
+        return x.narrow(dim, start, extent)
+    return x.index_select(dim, start + torch.arange(extent, device=x.device))
 
 
 def gather(x: Tensor, tp: TensorParallel, dim: int) -> Tensor:
@@ -262,7 +269,7 @@ class Reducing:
             self._work = get_backend().all_reduce(self._sum, tp.group, async_op=overlap)
             return
         full = _slices_first(wide, tp, dim)
-        self._sum = full[tp.rank]
+        self._sum = torch.empty_like(full[0]) if get_backend().records_graphs else full[tp.rank]
         self._work = get_backend().reduce_scatter(self._sum, full.flatten(0, 1), tp.group, async_op=overlap)
 
     def result(self) -> Tensor:

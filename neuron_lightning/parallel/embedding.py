@@ -116,7 +116,7 @@ class ParallelEmbedding(ParallelLayer):
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """Vectors of the tokens that this rank holds, zero for the others."""
-        local = ids - self._start
+        local = ids - self.tensor_parallel().start(self._rows)
         elsewhere = (local < 0) | (local >= self._rows)
         mine = None if self.padding_idx is None else self.padding_idx - self._start
         if mine is not None and not 0 <= mine < self._rows:

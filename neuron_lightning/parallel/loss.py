@@ -92,9 +92,8 @@ class _CrossEntropy(torch.autograd.Function):
         tp: TensorParallel,
     ) -> Tensor:
         columns = logits.shape[1]
-        start = tp.rank * columns
-        valid = max(0, min(columns, vocab_size - start))
-        local = target - start
+        valid = max(0, min(columns, vocab_size - tp.rank * columns))
+        local = target - tp.start(columns)
         mine = (local >= 0) & (local < valid)
         index = local.masked_fill(~mine, 0)
         log_sum, picked, total = _join(*_reduce(logits[:, :valid], index, mine, smoothing), tp)
@@ -167,6 +166,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows; one slice for all while compiling, where the compiler fuses the passes."""
     tokens, columns = logits.shape
     budget = _HOST_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK
-    step = tokens if torch.compiler.is_compiling() else max(1, budget // max(1, columns))
+    fuses = torch.compiler.is_compiling() or get_backend().records_graphs
+    step = tokens if fuses else max(1, budget // max(1, columns))
     for start in range(0, tokens, max(1, step)):
         yield slice(start, start + step)

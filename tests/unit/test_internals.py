@@ -32,6 +32,8 @@ SIGNATURES = [
     (_LoggerConnector.update_train_step_metrics, ["self"]),
     (_LoggerConnector.metrics.fget, ["self"]),
     (_LoggerConnector.progress_bar_metrics.fget, ["self"]),
+    (_LoggerConnector.callback_metrics.fget, ["self"]),
+    (_LoggerConnector.logged_metrics.fget, ["self"]),
     (_LoggerConnector.epoch_end_reached, ["self"]),
     (_DataConnector._requires_distributed_sampler, ["self", "dataloader"]),
     (_SubprocessScriptLauncher.__init__, ["self", "cluster_environment", "num_processes", "num_nodes"]),

@@ -95,7 +95,7 @@ def test_the_environment_decides_for_auto(monkeypatch):
 def test_an_accelerator_that_no_backend_drives():
     from neuron_lightning.lightning.accelerator import backend_name
 
-    with pytest.raises(ConfigError, match=r"'tpu'.*neuron, cuda and cpu"):
+    with pytest.raises(ConfigError, match=r"'tpu'.*neuron, xla, cuda and cpu"):
         backend_name("tpu")
 
 

@@ -25,7 +25,7 @@ from neuron_lightning.backends.base import Backend
 from neuron_lightning.backends.host_group import settle_and_destroy
 from neuron_lightning.backends.host_memory import host_memory
 from neuron_lightning.backends.xla import graphs
-from neuron_lightning.backends.xla.emulation import Emulation
+from neuron_lightning.backends.xla.emulation import Emulation, as_data
 from neuron_lightning.backends.xla.replicas import Replicas
 from neuron_lightning.errors import ParallelStateError
 
@@ -57,6 +57,7 @@ class XLABackend(Backend):
 
     def __init__(self) -> None:
         self._collectives: Emulation | Replicas | None = None
+        self._ranks: dict[int, Tensor] = {}
 
     @property
     def hardware(self) -> str:
@@ -144,6 +145,18 @@ class XLABackend(Backend):
         self._communication.reduce_scatter(shard, full, group)
         return None
 
+    def broadcast(self, tensor: Tensor, source: int, group: dist.ProcessGroup | None) -> None:
+        """Through the host: weights are sent once, when a run begins."""
+        (host,) = self.to_host([tensor])
+        dist.broadcast(host, src=source, group=group)
+        with torch.no_grad():
+            tensor.copy_(as_data(host, tensor.device))
+
+    def rank_as_data(self, rank: int) -> Tensor:
+        if rank not in self._ranks:
+            self._ranks[rank] = as_data(torch.tensor(rank, device="cpu"), torch_xla.device())
+        return self._ranks[rank]
+
     @property
     def _communication(self) -> Emulation | Replicas:
         if self._collectives is None:  # the process group was made by somebody else
@@ -179,8 +192,7 @@ class XLABackend(Backend):
         torch_xla.sync(wait=True)
 
     def scalar(self, value: float, like: Tensor) -> Tensor:
-        # 0-d tensors of 0 and 1 become constants of the graph; a vector of one element is always data.
-        return torch.tensor([value], dtype=like.dtype, device="cpu").to(like.device).reshape(())
+        return as_data(torch.tensor(value, dtype=like.dtype, device="cpu"), like.device)
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=dtype)

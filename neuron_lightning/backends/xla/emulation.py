@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch_xla
+import torch_xla.core.xla_model as xm
 from torch import Tensor
 
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,7 +47,12 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _back(host: Tensor, tensor: Tensor) -> None:
-    # At least one dimension: 0-d tensors of 0 and 1 would become constants of the next graph.
-    data = host.reshape(1).to(tensor.device).reshape(()) if host.dim() == 0 else host.to(tensor.device)
     with torch.no_grad():
-        tensor.copy_(data)
+        tensor.copy_(as_data(host, tensor.device))
+
+
+def as_data(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on the device as an input of graphs; ``.to()`` makes a constant of a tensor of 0 or 1 without dimension."""
+    (data,) = xm.send_cpu_data_to_device([host.contiguous()], device)
+    tensor: Tensor = data
+    return tensor

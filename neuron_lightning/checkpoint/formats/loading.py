@@ -28,6 +28,7 @@ from neuron_lightning.checkpoint.formats.contents import (
     slices,
     split_key,
 )
+from neuron_lightning.checkpoint.host_copies import HostCopies, landing
 from neuron_lightning.checkpoint.manifest import Manifest, StoredBox, TensorRecord
 from neuron_lightning.checkpoint.reader import Checkpoint
 from neuron_lightning.checkpoint.state import Names
@@ -122,10 +123,11 @@ def load_module(
 
     def plan() -> None:
         tp = current_mesh().sizes["tp"]
-        plans.append(restore.plan_module(described, targets, parameters, tp, strict))
+        plans.append(restore.plan_module(described, into, parameters, tp, strict))
 
-    ranks.together(what, plan)
-    ranks.together(what, lambda: described.fill(plans[0].wants, progress))
+    with landing(targets) as into:
+        ranks.together(what, plan)
+        ranks.together(what, lambda: described.fill(plans[0].wants, progress))
     missing = tuple(plans[0].missing)
     loaded = dict.fromkeys(n for n in canonical_names(targets, parameters) if n not in missing)
     return LoadReport(tuple(loaded), missing, tuple(plans[0].unexpected))
@@ -147,13 +149,16 @@ def load_optimizers(
     ranks, what = Ranks(), f"load the optimizer state of {path}"
     described = _Described(path, fused_as(contents, parameters))
     wants: list[Want] = []
+    copies: list[HostCopies] = []
 
     def plan() -> None:
         tp = current_mesh().sizes["tp"]
-        wants.extend(restore.plan_optimizers(described, optimizers, parameters, tp))
+        wants.extend(restore.plan_optimizers(described, optimizers, parameters, tp, copies))
 
     ranks.together(what, plan)
     ranks.together(what, lambda: described.fill(wants, progress))
+    for one in copies:
+        one.put_back()
 
 
 def lightning_contents(
