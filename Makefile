@@ -9,11 +9,18 @@ export IGNORE_NEURON
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+XLA_VENV := .venv-xla
+XLA_STAMP := $(XLA_VENV)/.ready
+ifndef XLA_PYTHON
+XLA_PYTHON := $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+endif
 ARGS ?=
 SHARD ?= 1/1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-fresh test test-slow test-sim test-parity test-faults lint format bench bench-checkpoint tensorboard clean
+.PHONY: help setup quickstart quickstart-fresh test test-slow test-sim test-xla test-parity test-faults lint format bench bench-checkpoint tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +45,14 @@ test: $(STAMP) ## all tests but the slow ones, a share of them on the simulated 
 test-sim: $(STAMP) ## every test of training and checkpoints on the simulated neuron device
 	$(BIN)/python -m tests.sim $(ARGS)
 
+$(XLA_STAMP): setup.py tools/constraints.txt tools/setup_xla.py
+	@test -n "$(XLA_PYTHON)" || { echo "setup: torch-xla 2.9 needs Python 3.10 to 3.13; name one: make test-xla XLA_PYTHON=/path/to/python3" >&2; exit 1; }
+	$(XLA_PYTHON) tools/setup_xla.py $(XLA_VENV)
+	@touch $@
+
+test-xla: $(XLA_STAMP) ## the XLA backend on real torch-xla, in an environment of its own (7 GB); ARGS="--share" for a part
+	$(XLA_VENV)/bin/python -m tests.xla $(ARGS)
+
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
@@ -55,7 +70,7 @@ lint: $(STAMP) ## ruff, mypy --strict, bash -n
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy --strict neuron_lightning
-	@find . -path ./$(VENV) -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print \
+	@find . -path ./$(VENV) -prune -o -path ./$(XLA_VENV) -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print \
 	| while read -r script; do bash -n "$$script" || exit 1; done
 
 format: $(STAMP) ## rewrite the sources as `make lint` wants them
@@ -72,5 +87,5 @@ tensorboard: $(STAMP) ## look at the logs under runs/
 	$(BIN)/python -m tensorboard.main --logdir runs $(ARGS)
 
 clean: ## remove the environment, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(XLA_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LLAMA = ["transformers>=5.0", "tokenizers>=0.22", "matplotlib>=3.8", "jsonargparse[signatures]>=4.39"]
+TEST = ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
 setup(
     name="neuron-lightning",
@@ -28,11 +29,10 @@ setup(
         "llama": LLAMA,
         # trn1 and inf2; torch_neuronx and neuronx-distributed come from the vendor's own package index.
         "xla": ["torch>=2.9,<2.10", "torch_xla>=2.9,<2.10"],
+        "test": TEST,
         "dev": [
             *LLAMA,
-            "pytest>=8.3",
-            "pytest-timeout>=2.3",
-            "hypothesis>=6.100",
+            *TEST,
             "ninja>=1.11",
             "ruff>=0.12",
             "mypy>=1.15",

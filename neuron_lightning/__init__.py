@@ -21,6 +21,7 @@ _HOMES = {
     "NeuronXLAAccelerator": "lightning.accelerator",
     "NeuronXLAPrecisionPlugin": "lightning.precision",
     "NeuronXLAStrategy": "lightning.strategy",
+    "RecompileGuard": "lightning.callbacks.recompile_guard",
     "finalize_checkpoint": "compat.checkpoint",
     "has_checkpoint": "compat.checkpoint",
     "initialize_parallel_model": "lightning.model",

@@ -33,3 +33,7 @@ class OptimizerError(NeuronLightningError, ValueError):
 
 class LaunchError(NeuronLightningError, RuntimeError):
     """The processes that exist contradict what the Trainer was asked for."""
+
+
+class RecompileError(NeuronLightningError, RuntimeError):
+    """Training compiled more graphs than it was allowed to."""

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neuron_lightning.backends.counts import Counts
+
 
 class Backend(ABC):
     """One kind of device and the way it communicates.
@@ -166,3 +168,7 @@ class Backend(ABC):
     @abstractmethod
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies tensors to host memory in one go (one synchronisation for all of them)."""
+
+    def graph_counts(self) -> Counts:
+        """What this process has compiled and read so far; all zero where nothing is counted."""
+        return Counts()

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.lightning import failures, internals, internals_loops
 from neuron_lightning.lightning.callbacks.model_checkpoint import NeuronModelCheckpoint
 from neuron_lightning.lightning.strategy_checkpoint import CheckpointMixin
@@ -20,6 +21,7 @@ from neuron_lightning.lightning.votes import Flag, Votes
 
 _STOP = "stop"
 _SAVE_FAILED = "save failed"
+_TRIAL_STEPS = 10
 _IN_FLIGHT_S = 20.0
 """After a failure of a rank: how long a save in flight may take to end."""
 
@@ -56,6 +58,9 @@ class BoundaryMixin(CheckpointMixin):
 
     def _on_boundary(self, epoch_ended: bool) -> None:
         trainer = self._trainer()
+        if get_backend().is_trial:
+            self._end_trial(trainer)
+            return
         callbacks = _ours(trainer)
         for index, callback in enumerate(callbacks):
             self._votes.ask(f"time {index}", callback.is_time)
@@ -78,6 +83,15 @@ class BoundaryMixin(CheckpointMixin):
             if saved:
                 rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved as {self.last_saved}.")
             internals.stop_for_sigterm(trainer)
+
+    def _end_trial(self, trainer: Any) -> None:
+        """A trial run, which only collects graphs for the compiler, has met them all after a few steps."""
+        if trainer.global_step >= _TRIAL_STEPS and not trainer.should_stop:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Trial run for the compiler (neuron_parallel_compile): stopped after {trainer.global_step} steps; what it "
+                "logged was not computed."
+            )
 
     @contextmanager
     def _step_done(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.checkpoint import check_trainer_state, exchange
 from neuron_lightning.checkpoint.host_copies import fetched
 from neuron_lightning.errors import CheckpointError
@@ -63,6 +64,9 @@ class CheckpointMixin(DataMixin):
                 f"storage_options={storage_options!r} has no use: checkpoints are folders on a file system that "
                 "every rank sees; leave it None."
             )
+        if get_backend().is_trial:
+            rank_zero_info(f"A trial run for the compiler computes nothing: {filepath} is not saved.")
+            return
         trainer = self._trainer()
         if internals_loops.in_window(trainer) and not self._training_ended:
             weights_only = "optimizer_states" not in checkpoint

@@ -61,6 +61,8 @@ class ResumeMixin(CheckpointMixin):
         """
         trainer = self._trainer()
         self.kept_for_user = self._verified = None
+        if get_backend().is_trial:
+            return None
         if path == "last":
             return resume.last(trainer)
         if path == "best":

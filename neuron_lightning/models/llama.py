@@ -106,8 +106,9 @@ class Attention(nn.Module):
     def forward(self, x_XD: Tensor, cos_F: Tensor, sin_F: Tensor, mask: Tensor | None) -> Tensor:
         """Attends; ``mask`` (B, 1, S, S) bool, or None for plain causal attention."""
         q, k, v = self.qkv_proj(x_XD)
-        q_BNSH = rotate(self._split_heads(q), cos_F, sin_F)
-        k_BKSH = rotate(self._split_heads(k), cos_F, sin_F)
+        # In the values' dtype, which is autocast's where that is on: XLA's autocast leaves attention out.
+        q_BNSH = rotate(self._split_heads(q), cos_F, sin_F).to(v.dtype)
+        k_BKSH = rotate(self._split_heads(k), cos_F, sin_F).to(v.dtype)
         v_BKSH = self._split_heads(v)
         dropping = self.training and self.dropout > 0
         with get_rng_tracker().fork() if dropping else nullcontext():

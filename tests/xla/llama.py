@@ -115,13 +115,14 @@ def train(
     callbacks: tuple[Any, ...] = (),
     trainer_options: dict[str, Any] | None = None,
     strategy_options: dict[str, Any] | None = None,
+    module_class: type[Slice] = Slice,
     root: Path | None = None,
 ) -> Seen:
     """Trains and says what was seen. Every rank calls it together."""
     began = time.monotonic()
     torch.manual_seed(3)
     watch = Watch()
-    module = Slice(
+    module = module_class(
         model_fn=LlamaForCausalLM,
         model_args=(CONFIG,),
         opt_cls=optimizer,

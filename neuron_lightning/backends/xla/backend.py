@@ -22,6 +22,7 @@ import torch_xla.runtime as xr
 from torch import Tensor
 
 from neuron_lightning.backends.base import Backend
+from neuron_lightning.backends.counts import Counts
 from neuron_lightning.backends.host_group import settle_and_destroy
 from neuron_lightning.backends.host_memory import host_memory
 from neuron_lightning.backends.xla import graphs
@@ -216,5 +217,5 @@ class XLABackend(Backend):
         fetched = iter(torch_xla._XLAC._xla_get_cpu_tensors(on_device) if on_device else ())
         return [next(fetched) if t.device.type == self.device_type else t for t in mine]
 
-    def graph_counts(self) -> graphs.Counts:
+    def graph_counts(self) -> Counts:
         return graphs.counts()

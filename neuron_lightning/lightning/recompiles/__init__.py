@@ -1,0 +1,1 @@
+"""Finding out what made a device that runs compiled graphs compile another one."""
