@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,8 @@ from tests.devices import is_simulated
 if is_simulated():
     from tests.sim.pool import TOTALS
     from tests.sim.pool import WatchedPool as Pool
+elif os.environ.get("NEURON_LIGHTNING_TEST_RANKS") == "xla":  # set by `python -m tests.xla`
+    from tests.xla.pool import XLAPool as Pool
 else:
     from neuron_lightning.testing import RankPool as Pool
 

@@ -339,4 +339,7 @@ def _data_parallel_ranks() -> tuple[int, ...]:
 
 
 def _to_host(data: Any) -> Any:
-    return apply_to_collection(data, Tensor, lambda tensor: tensor.detach().cpu())
+    held: list[Tensor] = []
+    apply_to_collection(data, Tensor, held.append)
+    copies = iter(get_backend().to_host(held))  # one transfer for all
+    return apply_to_collection(data, Tensor, lambda _: next(copies))

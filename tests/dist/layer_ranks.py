@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron_lightning.backends import get_backend
 from neuron_lightning.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -65,7 +66,7 @@ def check_parameter(param: Tensor, globals_: dict[str, Tensor], what: str) -> No
         group = mesh_module.current().tensor_subgroup(part.grad_ranks)
         if group is not None:
             total = box.contiguous()
-            torch.distributed.all_reduce(total, group=group)
+            get_backend().all_reduce(total, group)
             box = total
         local_box(covered, part).fill_(1)
         close(box, global_box(globals_[part.name], part), f"{what} {part.name} gradient")

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+SUITES = ("tests/xla", "tests/dist/test_xm.py")
+
 
 def main(arguments: list[str]) -> int:
     """Runs pytest; its exit code."""
@@ -17,9 +19,9 @@ def main(arguments: list[str]) -> int:
     if "--share" in arguments:
         rest += ["-m", "not slow"]
     if not any(argument.startswith("tests") for argument in rest):
-        rest.append("tests/xla")
+        rest += SUITES
     # One process by itself computes on the host, as the reference; ranks are told what they are.
-    env = {**os.environ, "NEURON_LIGHTNING_BACKEND": "cpu"}
+    env = {**os.environ, "NEURON_LIGHTNING_BACKEND": "cpu", "NEURON_LIGHTNING_TEST_RANKS": "xla"}
     env.pop("PJRT_DEVICE", None)
     command = [sys.executable, "-m", "pytest", "--timeout", "900", *rest]
     return subprocess.run(command, env=env, check=False).returncode

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from neuron_lightning.testing import RankPool
+from tests.xla.pool import XLA
 
 if importlib.util.find_spec("torch_xla") is None:
     collect_ignore_glob = ["test_*.py"]  # `make test-xla` has an environment of its own
 
-XLA = {"PJRT_DEVICE": "CPU", "NEURON_LIGHTNING_BACKEND": "xla"}
 HOST = {"NEURON_LIGHTNING_BACKEND": "cpu"}
 
 

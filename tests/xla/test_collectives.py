@@ -12,7 +12,7 @@ import pytest
 from neuron_lightning.errors import ParallelStateError
 from neuron_lightning.testing import RankPool
 from tests.xla import trace
-from tests.xla.conftest import XLA
+from tests.xla.pool import XLA
 
 TP, DP = "{{0,1},{2,3}}", "{{0,2},{1,3}}"
 

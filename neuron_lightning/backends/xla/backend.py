@@ -26,7 +26,7 @@ from neuron_lightning.backends.counts import Counts
 from neuron_lightning.backends.host_group import settle_and_destroy
 from neuron_lightning.backends.host_memory import host_memory
 from neuron_lightning.backends.xla import graphs
-from neuron_lightning.backends.xla.emulation import Emulation, as_data
+from neuron_lightning.backends.xla.emulation import Emulation, all_gather_single, as_data
 from neuron_lightning.backends.xla.replicas import Replicas
 from neuron_lightning.errors import ParallelStateError
 
@@ -137,13 +137,19 @@ class XLABackend(Backend):
     def all_gather(
         self, output: Tensor, shard: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
     ) -> dist.Work | None:
+        if shard.device.type == "cpu":
+            return all_gather_single(output, shard, group=group, async_op=async_op)  # type: ignore[no-any-return]
         self._communication.all_gather(output, shard, group)
         return None
 
     def reduce_scatter(
         self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
     ) -> dist.Work | None:
-        self._communication.reduce_scatter(shard, full, group)
+        if full.device.type == "cpu":
+            dist.all_reduce(full, group=group)
+            shard.copy_(full.narrow(0, dist.get_rank(group) * shard.shape[0], shard.shape[0]))
+        else:
+            self._communication.reduce_scatter(shard, full, group)
         return None
 
     def broadcast(self, tensor: Tensor, source: int, group: dist.ProcessGroup | None) -> None:

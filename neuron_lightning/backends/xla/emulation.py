@@ -7,17 +7,23 @@ are cut at every collective, which on Neuron cores they are not.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import Tensor
 
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Emulation:
     """Blocking collectives on copies in host memory."""
+
+    def __init__(self) -> None:
+        # A graph that is cut in the middle leaves views of tensors whose memory the rest of it would be given.
+        os.environ.setdefault("XLA_ENABLE_PARAM_ALIASING", "0")
 
     def all_reduce(
         self, tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType
@@ -31,7 +37,7 @@ class Emulation:
         """Joins every rank's ``shard`` along dimension 0 into ``output``. Every rank calls it together."""
         host = _to_host(shard)
         joined = host.new_empty(output.shape)
-        _all_gather_single(joined, host, group=group)
+        all_gather_single(joined, host, group=group)
         _back(joined, output)
 
     def reduce_scatter(self, shard: Tensor, full: Tensor, group: dist.ProcessGroup | None) -> None:
