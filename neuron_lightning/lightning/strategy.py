@@ -33,12 +33,11 @@ from neuron_lightning.lightning import (
     resume,
 )
 from neuron_lightning.lightning.averages import average_prepared_module
-from neuron_lightning.lightning.callbacks.recompile_guard import RecompileGuard
+from neuron_lightning.lightning.callbacks.recompile_guard import guard_against_recompiles
 from neuron_lightning.lightning.checkpoint_io import NeuronCheckpointIO
 from neuron_lightning.lightning.folder_lock import FolderLocks
 from neuron_lightning.lightning.model_setup import prepare_module, report_layout
 from neuron_lightning.lightning.precision import NeuronXLAPrecisionPlugin
-from neuron_lightning.lightning.recompiles.dynamo import is_compiled
 from neuron_lightning.lightning.saving import Saves
 from neuron_lightning.lightning.settings import StrategySettings
 from neuron_lightning.lightning.strategy_boundary import BoundaryMixin
@@ -249,7 +248,7 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
         self._vocab_size = vocab_size_of(module)
         report_layout(module, self.settings, str(self.precision_plugin.precision), self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
-            _guard_against_recompiles(trainer, module)
+            guard_against_recompiles(trainer, module)
             self._saves.open()
             average_prepared_module(trainer, module)
             self.setup_optimizers(trainer)
@@ -338,15 +337,6 @@ class NeuronXLAStrategy(ProcessesMixin, BoundaryMixin, ResumeMixin, CollectivesM
             self._checkpoint_io.teardown()
         self._locks.release()
         _Active.strategy = None
-
-
-def _guard_against_recompiles(trainer: Trainer, module: LightningModule) -> None:
-    """Adds the guard where graphs are compiled, unless the user has one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, RecompileGuard) for callback in callbacks):
-        return
-    if get_backend().records_graphs or is_compiled(module):
-        callbacks.append(RecompileGuard())
 
 
 def _ended(outputs: Any) -> Any:

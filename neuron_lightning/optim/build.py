@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
@@ -71,6 +71,25 @@ def make_buckets(
             else:
                 buckets.append(WholeBucket(layout, params, runs, **options))
     return buckets
+
+
+def members_by_group(
+    buckets: Sequence[Bucket], params: Sequence[nn.Parameter], groups: Sequence[Mapping[str, Any]]
+) -> list[list[Tensor]]:
+    """The tensors to update, by parameter group, in the order of the parameters.
+
+    A unit that holds several parameters holds such of one group only.
+    """
+    numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    units = [
+        (unit.pieces[0].param if unit.pieces else bucket.layout.slots[0].param, unit)
+        for bucket in buckets
+        for unit in bucket.units
+    ]
+    members: list[list[Tensor]] = [[] for _ in groups]
+    for index, unit in sorted(units, key=lambda found: found[0]):
+        members[numbers[id(params[index])]].append(unit.tensor)
+    return members
 
 
 def make_reducer(

@@ -18,7 +18,7 @@ from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
 from neuron_lightning.optim.bucket import Bucket, Unit
 from neuron_lightning.optim.buckets import Piece
-from neuron_lightning.optim.build import check_params, make_buckets, make_reducer
+from neuron_lightning.optim.build import check_params, make_buckets, make_reducer, members_by_group
 from neuron_lightning.optim.inner import InnerOptimizer, can_fuse, needs_closure
 from neuron_lightning.optim.norm import clip_coefficient
 from neuron_lightning.optim.probe import examine, require_elementwise
@@ -309,21 +309,7 @@ class Engine:
     # -- construction ------------------------------------------------------------------------------------
 
     def _make_inner(self) -> InnerOptimizer:
-        # A unit of several parameters holds such of one group only.
-        groups = {
-            id(p): number for number, group in enumerate(self.outer.param_groups) for p in group["params"]
-        }
-        members: list[list[Tensor]] = [[] for _ in self.outer.param_groups]
-        by_param = sorted(
-            (
-                (bucket.layout.slots[0].param if not unit.pieces else unit.pieces[0].param, unit)
-                for bucket in self.buckets
-                for unit in bucket.units
-            ),
-            key=lambda found: found[0],
-        )
-        for index, unit in by_param:
-            members[groups[id(self.params[index])]].append(unit.tensor)
+        members = members_by_group(self.buckets, self.params, self.outer.param_groups)
         kinds = {(bucket.device, bucket.update_dtype) for bucket in self.buckets}
         backend = get_backend()
         if backend.records_graphs:

@@ -27,6 +27,10 @@ FAILURES = (
 )
 """What an optimizer class raises when it is given tensors that it is not made for."""
 
+NO_RATE = 1e-30
+"""Stands for a learning rate of 0 on the device: torch's capturable classes divide by it, and 0 / 0 is not a number
+wherever a gradient has always been 0. An update by this rate is below the resolution of every weight but 0."""
+
 Groups = list[dict[str, Any]]
 AsData = Callable[[float, Tensor], Tensor]
 
@@ -88,7 +92,8 @@ class InnerOptimizer:
             return value
         known = self._rates[number]
         if known is None or known[0] != value:
-            known = self._rates[number] = (value, self._as_data(value, like))
+            wide = like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
+            known = self._rates[number] = (value, self._as_data(value or NO_RATE, wide))
         return known[1]
 
     def step(self, only: set[int] | None = None, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,7 +185,8 @@ def recordable(outer: Optimizer, like: Tensor, as_data: AsData) -> dict[str, Any
     plain: dict[str, Any] = {name: False for name in ("foreach", "fused") if name in group}
     if "capturable" in group:
         plain["capturable"] = True
-    for overrides in ({**plain, "lr": as_data(0.5, like)}, plain):
+    wide = like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
+    for overrides in ({**plain, "lr": as_data(0.5, wide)}, plain):
         if ("lr" in group or "lr" not in overrides) and _runs(outer, like, overrides):
             return overrides
     return dict.fromkeys(plain, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def train(
     trainer_options: dict[str, Any] | None = None,
     strategy_options: dict[str, Any] | None = None,
     module_class: type[Slice] = Slice,
+    vocab_size: int = VOCAB,
     root: Path | None = None,
 ) -> Seen:
     """Trains and says what was seen. Every rank calls it together."""
@@ -124,7 +125,7 @@ def train(
     watch = Watch()
     module = module_class(
         model_fn=LlamaForCausalLM,
-        model_args=(CONFIG,),
+        model_args=(replace(CONFIG, vocab_size=vocab_size),),
         opt_cls=optimizer,
         opt_kwargs={"lr": lr},
         scheduler_cls=scheduler,

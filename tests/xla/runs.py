@@ -147,3 +147,17 @@ def graphs(tp: int, folder: Path) -> str:
     path = os.environ["XLA_SAVE_TENSORS_FILE"]
     train(tp=tp, steps=4)
     return path
+
+
+def warms_up(precision: str) -> Seen:
+    """A learning rate that starts at 0.0, and rows of the embedding that never get a gradient."""
+    return train(
+        steps=12,
+        vocab_size=2 * llama.VOCAB,
+        scheduler=_warm_up,
+        trainer_options={"precision": precision},
+    )
+
+
+def _warm_up(optimizer: Any) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: step / 4 if step < 4 else 1.0)

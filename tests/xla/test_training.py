@@ -110,3 +110,18 @@ def test_bfloat16_trains(xla1: RankPool, host: RankPool, precision: str) -> None
 def test_an_error_in_a_step_is_the_error_that_is_seen(xla1: RankPool) -> None:
     (error,) = xla1.run(runs.fails_in_a_step, timeout=300)
     assert error == "ZeroDivisionError: in the forward pass"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", TOLERANCE), ("bf16-true", 1e-2)])
+def test_a_rate_of_zero_changes_nothing_where_no_gradient_ever_was(
+    xla1: RankPool, host: RankPool, precision: str, tolerance: float
+) -> None:
+    """torch's capturable classes divide by the learning rate."""
+    (seen,) = xla1.run(runs.warms_up, precision, timeout=300)
+    (expected,) = host.run(runs.warms_up, precision, timeout=300)
+    assert runs.deviation(seen.losses, expected.losses) < tolerance
+    for name, weight in expected.weights.items():
+        assert torch.isfinite(seen.weights[name]).all(), name
+        torch.testing.assert_close(
+            seen.weights[name], weight, rtol=0, atol=2e-4 if tolerance < 1e-3 else 2e-2
+        )

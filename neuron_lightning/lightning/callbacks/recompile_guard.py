@@ -12,7 +12,7 @@ from torch import Tensor
 from neuron_lightning.backends import get_backend
 from neuron_lightning.backends.counts import Counts
 from neuron_lightning.errors import ConfigError, RecompileError
-from neuron_lightning.lightning.recompiles.dynamo import DynamoWatch
+from neuron_lightning.lightning.recompiles.dynamo import DynamoWatch, is_compiled
 from neuron_lightning.lightning.recompiles.operators import Call, OperatorRecord, differences, shown
 from neuron_lightning.lightning.recompiles.reads import ReadWatch
 
@@ -193,6 +193,15 @@ class RecompileGuard(Callback):
                 f"the batch has a new shape: {', '.join(changed) or 'other entries'} (it was {dict(known)})"
             )
         self._shapes.add(shapes)
+
+
+def guard_against_recompiles(trainer: Trainer, module: LightningModule) -> None:
+    """Adds the callback where graphs are compiled, unless the user has one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, RecompileGuard) for callback in callbacks):
+        return
+    if get_backend().records_graphs or is_compiled(module):
+        callbacks.append(RecompileGuard())
 
 
 def _shapes(batch: Any, name: str = "batch") -> Iterator[tuple[str, tuple[int, ...]]]:
