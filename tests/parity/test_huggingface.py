@@ -16,6 +16,7 @@ def test_fp32_training_is_hugging_faces() -> None:
     assert float(hf.train_ours(hf.torch.float32).losses[-1]) < 4.5, "the model must have learned something"
 
 
+@pytest.mark.slow  # bf16 is emulated on most hosts
 def test_bf16_training_is_as_close_to_fp32_as_hugging_faces() -> None:
     table = hf.bf16_table(steps=40)  # `make test-parity` takes all 100; some processors emulate bf16, slowly
     print(table)
