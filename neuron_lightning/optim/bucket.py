@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from neuron_lightning.backends import Backend
-from neuron_lightning.optim.buckets import BucketLayout, Piece
+from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes that master weights and fp32 accumulation are for."""
@@ -78,12 +78,8 @@ class Bucket(ABC):
         """Averages the window's gradients over ``replicas`` ranks, each element where it is updated."""
 
     @abstractmethod
-    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
-        """Averaged gradients that so many consecutive tensor-parallel ranks must still add up, in place."""
-
-    @abstractmethod
-    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
-        """This rank's averaged gradients as flat tensors, each with the weight of its squares in the norm."""
+    def terms(self) -> Iterable[tuple[Tensor, Run]]:
+        """This rank's averaged gradients, flat, cut where tensor parallelism treats them differently; views."""
 
     @abstractmethod
     def reduced(self) -> list[Tensor]:
@@ -123,3 +119,26 @@ class Bucket(ABC):
     @abstractmethod
     def check_attached(self) -> None:
         """Checks that the parameters still live here. Raises :class:`OptimizerError`."""
+
+
+def average_into(
+    own: Tensor, full: Tensor, backend: Backend, group: dist.ProcessGroup | None, replicas: int
+) -> None:
+    """Averages ``full`` over ``replicas`` ranks: this rank's slice into ``own``, or all of it where ``own`` is as long.
+
+    Args:
+        own: the slice, or ``full`` itself.
+        full: scratch afterwards, where it is not ``own``.
+        backend: that reduces.
+        group: of the ranks.
+        replicas: their number.
+    """
+    half = full.dtype == torch.float16
+    if half:
+        full.mul_(1.0 / replicas)  # first, because a sum over many ranks leaves fp16's range
+    if own.numel() < full.numel():
+        backend.reduce_scatter(own, full, group)
+    else:
+        backend.all_reduce(full, group)
+    if not half:
+        own.mul_(1.0 / replicas)

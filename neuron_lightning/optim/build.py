@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neuron_lightning.backends import get_backend
 from neuron_lightning.errors import OptimizerError
 from neuron_lightning.optim.bucket import NARROW, Bucket
-from neuron_lightning.optim.buckets import check_spec, plan_buckets, runs_of
+from neuron_lightning.optim.buckets import Run, check_spec, plan_buckets, runs_of
 from neuron_lightning.optim.flat import FlatBucket
 from neuron_lightning.optim.recorded import SliceBucket, WholeBucket
 from neuron_lightning.optim.reduce import Reducer
@@ -67,6 +67,8 @@ def make_buckets(
             if not recorded:
                 buckets.append(FlatBucket(layout, params, runs, rank=rank, whole=not sharded, **options))
             elif ranks > 1:
+                if len(key[-1]) == 1:  # one treatment, also of a slice that holds nothing but padding
+                    runs = [Run(*layout.slice_bounds(rank), *key[-1][0])]
                 buckets.append(SliceBucket(layout, params, runs, rank=rank, **options))
             else:
                 buckets.append(WholeBucket(layout, params, runs, **options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.backends import Backend
 from neuron_lightning.errors import OptimizerError
-from neuron_lightning.optim.bucket import Bucket, Unit
+from neuron_lightning.optim.bucket import Bucket, Unit, average_into
 from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
 
 
@@ -84,23 +84,11 @@ class FlatBucket(Bucket):
         return self._views[index][2]
 
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
-        if replicas == 1:
-            return
-        half = self.grads.dtype == torch.float16
-        if half:
-            self.grads.mul_(1.0 / replicas)  # first, because a sum over many ranks leaves fp16's range
-        if self.layout.num_slices > 1:
-            backend.reduce_scatter(self.own_grads, self.grads, group)
-        else:
-            backend.all_reduce(self.grads, group)
-        if not half:
-            self.own_grads.mul_(1.0 / replicas)
+        if replicas > 1:
+            average_into(self.own_grads, self.grads, backend, group, replicas)
 
-    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
-        return ((run.grad_ranks, part) for part, run in self._terms if run.grad_ranks > 1)
-
-    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
-        return ((part, 1.0 / run.replicas) for part, run in self._terms)
+    def terms(self) -> Iterable[tuple[Tensor, Run]]:
+        return self._terms
 
     def reduced(self) -> list[Tensor]:
         return [self.own_grads]

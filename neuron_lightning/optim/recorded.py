@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neuron_lightning.backends import Backend
 from neuron_lightning.errors import OptimizerError
-from neuron_lightning.optim.bucket import Bucket, Unit
+from neuron_lightning.optim.bucket import Bucket, Unit, average_into
 from neuron_lightning.optim.buckets import BucketLayout, Piece, Run
 
 
@@ -104,18 +104,20 @@ class WholeBucket(_Recorded):
         self.units = [
             Unit(self._masters.get(piece.param, params[piece.param]), (piece,)) for piece in layout.pieces(0)
         ]
-        self._terms = [(piece.param, _within(piece, runs)) for piece in layout.pieces(0)]
+        self._cuts = [(piece.param, _within(piece, runs)) for piece in layout.pieces(0)]
 
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
         if replicas > 1:
             grads = self._all_grads()
-            self._spread(_averaged(self._joined(grads), backend, group, replicas), grads)
+            joined = self._joined(grads)
+            average_into(joined, joined, backend, group, replicas)
+            self._spread(joined, grads)
 
-    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
-        return ((run.grad_ranks, part) for part, run in self._cut() if run.grad_ranks > 1)
-
-    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
-        return ((part, 1.0 / run.replicas) for part, run in self._cut())
+    def terms(self) -> Iterator[tuple[Tensor, Run]]:
+        for index, runs in self._cuts:
+            flat = self.grad_view(index).view(-1)
+            for run in runs:
+                yield flat if len(runs) == 1 else flat[run.start : run.stop], run
 
     def reduced(self) -> list[Tensor]:
         return list(self._all_grads().values())
@@ -143,12 +145,6 @@ class WholeBucket(_Recorded):
         for index, master in self._masters.items():
             master.copy_(self._params[index].detach())
 
-    def _cut(self) -> Iterator[tuple[Tensor, Run]]:
-        for index, runs in self._terms:
-            flat = self.grad_view(index).view(-1)
-            for run in runs:
-                yield flat if len(runs) == 1 else flat[run.start : run.stop], run
-
 
 class SliceBucket(_Recorded):
     """Parameters of which this rank updates one slice (ZeRO-1), kept beside them.
@@ -156,8 +152,8 @@ class SliceBucket(_Recorded):
     Args:
         layout: which parameter lies where, in ``layout.num_slices`` slices.
         params: all distinct parameters of the optimizer; the layout's indices count in this list.
-        runs: how tensor parallelism treats the elements of this rank's slice; one treatment for all of them where
-            possible, so that the ranks' graphs are the same.
+        runs: how tensor parallelism treats the elements of this rank's slice: one run of all of it where it can be,
+            whatever lies in it, so that the ranks' graphs are the same.
         accumulation_dtype: dtype of the gradients.
         rank: the slice that this rank updates.
         master: keep the slice in fp32.
@@ -175,27 +171,21 @@ class SliceBucket(_Recorded):
     ) -> None:
         super().__init__(layout, params, accumulation_dtype=accumulation_dtype, master=master)
         self._low, self._high = layout.slice_bounds(rank)
-        length = self._high - self._low
         own = self._joined(self._params)[self._low : self._high].to(self.update_dtype, copy=True)
         self.units = [Unit(own, layout.pieces(rank), self._low)]
-        alike = {run[2:] for run in runs}
-        self._runs = [run._replace(start=run.start - self._low, stop=run.stop - self._low) for run in runs]
-        if len(alike) == 1:
-            self._runs = [self._runs[0]._replace(start=0, stop=length)]
+        self._runs = runs
         self._own_grads: Tensor | None = None
 
     def average(self, backend: Backend, group: dist.ProcessGroup | None, replicas: int) -> None:
         joined = self._joined(self._all_grads())
-        own = joined.new_empty(self._high - self._low)
-        self._own_grads = _averaged(joined, backend, group, replicas, into=own)
+        self._own_grads = joined.new_empty(self._high - self._low)
+        average_into(self._own_grads, joined, backend, group, replicas)
 
-    def partial_sums(self) -> Iterator[tuple[int, Tensor]]:
+    def terms(self) -> Iterator[tuple[Tensor, Run]]:
         own = self._averaged_slice()
-        return ((run.grad_ranks, self._cut(own, run)) for run in self._runs if run.grad_ranks > 1)
-
-    def norm_terms(self) -> Iterator[tuple[Tensor, float]]:
-        own = self._averaged_slice()
-        return ((self._cut(own, run), 1.0 / run.replicas) for run in self._runs)
+        for run in self._runs:
+            whole = (run.start, run.stop) == (self._low, self._high)
+            yield own if whole else own[run.start - self._low : run.stop - self._low], run
 
     def reduced(self) -> list[Tensor]:
         return [self._averaged_slice()]
@@ -242,28 +232,6 @@ class SliceBucket(_Recorded):
                 "after its last backward()."
             )
         return self._own_grads
-
-    def _cut(self, own: Tensor, run: Run) -> Tensor:
-        return own if run.stop - run.start == own.numel() else own[run.start : run.stop]
-
-
-def _averaged(
-    joined: Tensor,
-    backend: Backend,
-    group: dist.ProcessGroup | None,
-    replicas: int,
-    into: Tensor | None = None,
-) -> Tensor:
-    """The average of ``joined`` over the ranks: all of it in place, or this rank's slice in ``into``."""
-    half = joined.dtype == torch.float16
-    if half:
-        joined.mul_(1.0 / replicas)  # first, because a sum over many ranks leaves fp16's range
-    if into is None:
-        backend.all_reduce(joined, group)
-    else:
-        backend.reduce_scatter(into, joined, group)
-    result = joined if into is None else into
-    return result if half else result.mul_(1.0 / replicas)
 
 
 def _within(piece: Piece, runs: Sequence[Run]) -> list[Run]:

@@ -51,8 +51,9 @@ class Reducer:
         partial: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         for bucket in self._buckets:
             bucket.average(self._backend, self._mesh.group("dp"), self.num_replicas)
-            for size, part in bucket.partial_sums():
-                partial[size, part.dtype, part.device].append(part)
+            for part, run in bucket.terms():
+                if run.grad_ranks > 1:
+                    partial[run.grad_ranks, part.dtype, part.device].append(part)
         for (size, _, _), parts in partial.items():
             group = self._groups[size]
             if group is None:
@@ -67,7 +68,8 @@ class Reducer:
         wide = any(bucket.grad_dtype == torch.float64 for bucket in self._buckets)
         total = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self._device)
         for bucket in self._buckets:
-            total = weighted_square_sum(bucket.norm_terms(), total)
+            terms = ((part, 1.0 / run.replicas) for part, run in bucket.terms())
+            total = weighted_square_sum(terms, total)
         if self._sharded and self.num_replicas > 1:
             everyone = self._mesh.sizes["tp"] > 1
             self._backend.all_reduce(total, dist.group.WORLD if everyone else self._mesh.group("dp"))

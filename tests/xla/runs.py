@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -139,14 +138,6 @@ def fails_in_a_step() -> str:
     except (ArithmeticError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
-
-
-def graphs(tp: int, folder: Path) -> str:
-    """Has torch-xla write down every graph that is run in four steps; the file's path."""
-    torch.manual_seed(0)
-    path = os.environ["XLA_SAVE_TENSORS_FILE"]
-    train(tp=tp, steps=4)
-    return path
 
 
 def warms_up(precision: str) -> Seen:

@@ -40,6 +40,13 @@ def test_every_rank_records_the_same_graphs(xla4: RankPool, zero1: bool, sequenc
     assert (("all-gather", DP) in of_step) == zero1
 
 
+def test_a_rank_whose_slice_is_padding_records_the_same_graph(xla4: RankPool) -> None:
+    """Over four ranks the bucket of norms is so small that the last rank's slice holds nothing."""
+    everyone = xla4.run(trace.training_step, 1, True, False, timeout=300)
+    assert all(step == everyone[0][1] for _, step in everyone)
+    assert "reduce-scatter" in everyone[0][1]
+
+
 def test_a_world_that_xla_does_not_share_is_refused(xla2: RankPool) -> None:
     assert all(
         "torch.distributed has 2 rank(s) but XLA's world has 3" in text for text in xla2.run(_other_world)

@@ -75,9 +75,12 @@ def training_step(tp: int, zero1: bool, sequence_parallel: bool) -> tuple[str, s
         with deferred_init():
             model = LlamaForCausalLM(CONFIG)
         materialize(model, 3, get_backend().current_device())
-        optimizer = ParallelOptimizer(
-            torch.optim.AdamW(model.parameters(), lr=1e-3), zero1=zero1, max_grad_norm=1.0
-        )
+        params = list(model.parameters())
+        groups = [
+            {"params": [p for p in params if p.dim() > 1]},
+            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        optimizer = ParallelOptimizer(torch.optim.AdamW(groups, lr=1e-3), zero1=zero1, max_grad_norm=1.0)
         ids = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
         get_backend().rank_as_data(mesh.current().coordinates["tp"])
         get_backend().synchronize()

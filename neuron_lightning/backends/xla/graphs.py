@@ -26,11 +26,6 @@ def counts() -> Counts:
     )
 
 
-def graph_hash(tensors: list[Tensor]) -> str:
-    """Hash of the pending graph that computes ``tensors``."""
-    return str(torch_xla._XLAC._get_graph_hash(tensors).hex())
-
-
 def graph_text(tensors: list[Tensor]) -> str:
     """The pending graph that computes ``tensors``, as HLO."""
     return str(torch_xla._XLAC._get_xla_tensors_hlo(tensors))
