@@ -35,10 +35,10 @@ print(json.dumps([torch.__version__, kind, torch.accelerator.device_count() if l
 def main(arguments: list[str]) -> int:
     """Builds the environment; returns the exit status."""
     if len(arguments) != 1:
-        return _stop(f"usage: {sys.executable} tools/setup_env.py FOLDER")
+        return stop(f"usage: {sys.executable} tools/setup_env.py FOLDER")
     version = sys.version_info[:2]
     if not OLDEST <= version <= NEWEST:
-        return _stop(
+        return stop(
             f"Python 3.{OLDEST[1]} to 3.{NEWEST[1]} is needed, but {sys.executable} is {version[0]}.{version[1]}; "
             "name another one: make setup PYTHON=/path/to/python3"
         )
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     found = _torch_with_live_accelerator()
     neuron_devices = glob.glob("/dev/neuron*")
     if found is None and neuron_devices and not os.environ.get("IGNORE_NEURON"):
-        return _stop(
+        return stop(
             f"this machine has Neuron devices ({len(neuron_devices)} under /dev), but {sys.executable} has no torch "
             "that can use them. Install TorchNeuron into it from the Neuron package index, as the Neuron setup "
             f"guide says for this instance type:\n    {sys.executable} -m pip install torch-neuronx\n"
@@ -57,28 +57,35 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(folder: Path, found: tuple[str, str, int] | None) -> int:
-    shutil.rmtree(folder, ignore_errors=True)
     if found is None:
         print("setup: no torch with a live accelerator in this Python; installing the pinned set", flush=True)
     else:
         torch, kind, count = found
         print(f"setup: building on torch {torch} of {sys.executable} ({count} {kind} device(s))", flush=True)
     site = ["--system-site-packages"] if found else []
-    if subprocess.run([sys.executable, "-m", "venv", *site, str(folder)]).returncode:
-        shutil.rmtree(folder, ignore_errors=True)
-        return _stop(
-            f"{sys.executable} -m venv failed. Where ensurepip is missing (Debian, Ubuntu), install it once: "
-            f"apt-get install python3.{sys.version_info[1]}-venv; or name a complete Python: make setup PYTHON=…"
-        )
+    if status := new_environment(folder, *site):
+        return status
     if found and sys.prefix != sys.base_prefix:
         _see_through_to_this_environment(folder)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "on"]
     constraints = _constraints(folder, found[0] if found else None)
     if subprocess.run([*pip, "-c", str(constraints), "-e", f"{ROOT}[llama,dev]"]).returncode:
-        return _stop("installing failed; the lines above say why. Then run make again.")
+        return stop("installing failed; the lines above say why. Then run make again.")
     check = "import torch, lightning; print(f'setup: torch {torch.__version__}, lightning {lightning.__version__}')"
     return subprocess.run([str(python), "-c", check]).returncode
+
+
+def new_environment(folder: Path, *options: str) -> int:
+    """Makes an empty virtual environment in place of what is at ``folder``; returns the exit status."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if subprocess.run([sys.executable, "-m", "venv", *options, str(folder)]).returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        return stop(
+            f"{sys.executable} -m venv failed. Where ensurepip is missing (Debian, Ubuntu), install it once: "
+            f"apt-get install python3.{sys.version_info[1]}-venv; or name a complete Python: make setup PYTHON=…"
+        )
+    return 0
 
 
 def _torch_with_live_accelerator() -> tuple[str, str, int] | None:
@@ -107,7 +114,7 @@ def _constraints(folder: Path, torch: str | None) -> Path:
     return target
 
 
-def _stop(message: str) -> int:
+def stop(message: str) -> int:
     print(f"setup: {message}", file=sys.stderr)
     return 1
 

@@ -9,12 +9,12 @@ torch 2.9 with CUDA's libraries only (7 GB on disk); nothing here needs a GPU.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from setup_env import CONSTRAINTS, ROOT, new_environment, stop
+
 OLDEST, NEWEST = (3, 10), (3, 13)
 VERSIONS = ("torch==2.9.0", "torch_xla==2.9.0")
 _OTHERS = re.compile(r"(?i)^(torch|nvidia[\w-]*|triton|setuptools|fsspec|filelock|sympy|networkx)==")
@@ -24,19 +24,17 @@ _OTHERS = re.compile(r"(?i)^(torch|nvidia[\w-]*|triton|setuptools|fsspec|fileloc
 def main(arguments: list[str]) -> int:
     """Builds the environment; returns the exit status."""
     if len(arguments) != 1:
-        return _stop(f"usage: {sys.executable} tools/setup_xla.py FOLDER")
+        return stop(f"usage: {sys.executable} tools/setup_xla.py FOLDER")
     version = sys.version_info[:2]
     if not OLDEST <= version <= NEWEST:
-        return _stop(
+        return stop(
             f"torch-xla 2.9 has wheels for Python 3.{OLDEST[1]} to 3.{NEWEST[1]}, but {sys.executable} is "
             f"{version[0]}.{version[1]}; name another one: make test-xla XLA_PYTHON=/path/to/python3"
         )
     folder = Path(arguments[0]).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    if subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode:
-        shutil.rmtree(folder, ignore_errors=True)
-        return _stop(f"{sys.executable} -m venv failed; install its venv package, or name a complete Python.")
-    pins = (ROOT / "tools" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if status := new_environment(folder):
+        return status
+    pins = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     constraints = folder / "constraints.txt"
     constraints.write_text(
         "\n".join(line for line in pins if not _OTHERS.match(line)) + "\n", encoding="utf-8"
@@ -44,14 +42,9 @@ def main(arguments: list[str]) -> int:
     python = str(folder / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-c", str(constraints)]
     if subprocess.run([*pip, *VERSIONS, "-e", f"{ROOT}[llama,test]"]).returncode:
-        return _stop("installing failed; the lines above say why. Then run make test-xla again.")
+        return stop("installing failed; the lines above say why. Then run make test-xla again.")
     check = "import torch, torch_xla; print(f'setup: torch {torch.__version__}, torch_xla {torch_xla.__version__}')"
     return subprocess.run([python, "-c", check]).returncode
-
-
-def _stop(message: str) -> int:
-    print(f"setup: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

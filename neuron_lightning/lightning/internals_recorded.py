@@ -28,9 +28,8 @@ def keep_numbers_on_host(module: LightningModule) -> None:
     Reason: Lightning makes a device tensor of each, without a dimension: then a learning rate of 0.0 or 1.0 and the
     first steps' ``global_step`` become constants of a graph, which is compiled again for each.
     """
-    if not get_backend().records_graphs:
+    if not get_backend().records_graphs or _TO_TENSOR in vars(module):
         return
-    # Looked up on the instance first; the class' own is what a module of another stage would call.
     to_tensor: Callable[[Any, str], Tensor] = getattr(module, _TO_TENSOR)
 
     def on_host(value: Any, name: str) -> Tensor:
